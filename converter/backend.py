@@ -1,0 +1,61 @@
+"""Which code runs the moves: Triton on a GPU, or its torch twin anywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from fuseport.kernels.move import Move
+from fuseport.kernels.reference import fused_copy_ref
+
+from .errors import RecipeError
+
+Run = Callable[..., "torch.Tensor | None"]
+BACKENDS = ("auto", "triton", "torch")
+
+
+def choose(backend: str, device: torch.device) -> Run:
+    """The function that runs moves on `device`: `fused_copy` or `fused_copy_ref`.
+
+    "auto" takes Triton on a GPU and torch elsewhere.
+
+    Raises:
+        RecipeError: an unknown name, or Triton without a GPU (its interpreter, which
+            TRITON_INTERPRET=1 asks for, counts as one).
+    """
+    if backend not in BACKENDS:
+        raise RecipeError(f"backend {backend!r} is none of {', '.join(BACKENDS)}")
+    if backend == "torch" or (backend == "auto" and device.type != "cuda"):
+        return fused_copy_ref
+    return _triton(device)
+
+
+def _triton(device: torch.device) -> Run:
+    try:
+        from fuseport.kernels.fused_copy import fused_copy, is_interpreted
+    except ImportError as error:
+        raise RecipeError("backend 'triton' needs the triton package; use 'torch'") from error
+    if device.type != "cuda" and not is_interpreted():
+        raise RecipeError("backend 'triton' needs a GPU; use --backend torch, or auto")
+    return fused_copy
+
+
+def default_device(device: str) -> torch.device:
+    """ "auto" is the current GPU where there is one, and the CPU elsewhere.
+
+    Raises:
+        RecipeError: "cuda" was asked for and there is no GPU, or the name is unknown.
+    """
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise RecipeError("device 'cuda': torch sees no GPU here; use --device cpu, or auto")
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise RecipeError(f"device {device!r} is none of auto, cpu, cuda")
+    return torch.device(device)
+
+
+def run_all(run: Run, moves: Sequence[Move], count: bool) -> torch.Tensor | None:
+    """Run a batch; the counters come back on the host."""
+    counts = run(moves, count=count)
+    return None if counts is None else counts.cpu()

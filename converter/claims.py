@@ -1,0 +1,81 @@
+"""Handing out a source's tensors by name, each once, with nothing left over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from .errors import MissingTensorError, ShapeError, UnknownTensorError
+
+Spellings = tuple[str, ...]
+
+
+class Claims:
+    """Tensors by name; `take` and `need` hand them out, `finish` names what nobody wanted.
+
+    `ignored` maps a piece of a name to the reason why such a tensor carries no weight.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], ignored: Mapping[str, str]) -> None:
+        self._left = {
+            name: tensor
+            for name, tensor in tensors.items()
+            if not any(piece in name for piece in ignored)
+        }
+
+    def take(self, spellings: Spellings, shape: tuple[int | None, ...]) -> torch.Tensor | None:
+        """The tensor under one of `spellings`, or None. A None in `shape` fits any size.
+
+        Raises:
+            UnknownTensorError: it is there under two spellings.
+            ShapeError: it has another shape.
+        """
+        found = [name for name in spellings if name in self._left]
+        if not found:
+            return None
+        if len(found) > 1:
+            raise UnknownTensorError(
+                f"the source has one tensor twice, as {' and '.join(found)}; keep one of them"
+            )
+        tensor = self._left.pop(found[0])
+        _check_shape(found[0], tuple(tensor.shape), shape)
+        return tensor
+
+    def need(self, spellings: Spellings, shape: tuple[int | None, ...]) -> torch.Tensor:
+        """Like `take`, for a tensor that must be there.
+
+        Raises:
+            MissingTensorError: it is not.
+        """
+        tensor = self.take(spellings, shape)
+        if tensor is None:
+            size = " × ".join("any" if n is None else str(n) for n in shape)
+            raise MissingTensorError(
+                f"the source has no tensor {' or '.join(spellings)} [{size}], which the model's "
+                f"facts call for; check the source, or correct the facts with --spec"
+            )
+        return tensor
+
+    def finish(self) -> None:
+        """Raise UnknownTensorError if a tensor was not handed out."""
+        if self._left:
+            names = sorted(self._left)
+            more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+            raise UnknownTensorError(
+                f"the source has tensors that the model's facts do not call for: "
+                f"{', '.join(names[:5])}{more}; check the number of layers and experts, biases and "
+                f"norms in the facts (--spec), or remove the tensors"
+            )
+
+
+def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int | None, ...]) -> None:
+    fits = len(found) == len(expected) and all(
+        want in (None, have) for have, want in zip(found, expected, strict=True)
+    )
+    if not fits:
+        want = ["any" if size is None else size for size in expected]
+        raise ShapeError(
+            f"{name} has shape {list(found)}, but the model's facts call for {want}; "
+            f"correct the facts with --spec"
+        )

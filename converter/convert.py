@@ -1,0 +1,230 @@
+"""A checkpoint on disk becomes a checkpoint for a serving engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from fuseport.kernels.move import Move
+
+from .backend import Run, choose, default_device, run_all
+from .checkpoint import MANIFEST, FileImage, Writer, file_digest, lay_out, publish, write_json
+from .model import ModelSpec
+from .plan import Planned, batches, bind, build, intervals, on_meta, storage_key
+from .recipe import Recipe, check
+from .sources.megatron import read_model
+from .sources.source import Source, open_source
+from .sources.stored import Piece, Stored
+from .state import check_complete, zero_row
+from .targets.trtllm import TrtllmRules
+from .targets.trtllm_config import config
+
+# Bytes of target tensors converted at once.
+BATCH = 256 << 20
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Everything about a conversion that is known before a weight is read."""
+
+    source: Source
+    spec: ModelSpec
+    recipe: Recipe
+    tensors: list[Planned]
+    stored: Mapping[int, Stored]
+    images: Mapping[int, FileImage]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the result's weight files."""
+        return sum(image.nbytes for image in self.images.values())
+
+    @property
+    def vocab_size(self) -> int:
+        """The vocabulary without padding."""
+        rows = self.source.tensors["embedding.word_embeddings.weight"].shape[0]
+        return self.spec.vocab_size or rows
+
+
+def plan_checkpoint(
+    source: Path | Source, recipe: Recipe, facts: Mapping[str, object] | None = None
+) -> CheckpointPlan:
+    """Plan a conversion; reads the source's metadata, no weights.
+
+    Args:
+        source: a Megatron checkpoint's directory, or one that is open.
+        recipe: the choice.
+        facts: facts that replace the source's own, by field of `ModelSpec`.
+
+    Raises:
+        FuseportError: the source, the facts and the recipe do not go together.
+    """
+    opened = source if isinstance(source, Source) else open_source(source)
+    spec = ModelSpec.from_facts(opened.facts, **dict(facts or {}))
+    model = read_model(opened.tensors, spec)
+    check(spec, recipe)
+    check_complete(model, spec)
+    zeros = zero_row(model, spec, torch.device("cpu"))
+    twin = torch.empty_like(zeros, device="meta")
+    piece = Piece((0, 0), tuple(zeros.shape), zeros)
+    padding = Stored("(zero rows)", tuple(zeros.shape), zeros.dtype, (piece,))
+    tensors = build(TrtllmRules(model, spec, recipe, twin).tensors(), on_meta)
+    stored = {**opened.stored, storage_key(twin): padding}
+    images = {
+        rank: lay_out(f"rank{rank}.safetensors", [t for t in tensors if t.rank == rank], {})
+        for rank in range(recipe.world_size)
+    }
+    return CheckpointPlan(opened, spec, recipe, tensors, stored, images)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    `saturated` and `nonfinite` count elements by target tensor, where there were any.
+    """
+
+    out: Path
+    nbytes: int
+    tensors: int
+    saturated: Mapping[str, int]
+    nonfinite: Mapping[str, int]
+
+
+def convert_checkpoint(
+    source: Path | CheckpointPlan,
+    out: Path,
+    recipe: Recipe | None = None,
+    facts: Mapping[str, object] | None = None,
+    *,
+    backend: str = "auto",
+    device: str = "auto",
+    overwrite: bool = False,
+    progress: Progress = lambda nbytes: None,
+) -> Report:
+    """Convert a Megatron checkpoint into a TensorRT-LLM checkpoint.
+
+    `out` appears whole, with a manifest, or not at all.
+
+    Args:
+        source: a checkpoint's directory, or a plan.
+        out: the directory to create.
+        recipe, facts: as for `plan_checkpoint`, when `source` is a directory.
+        backend, device: where the moves run.
+        overwrite: replace `out` if it exists.
+        progress: called with the number of target bytes done since the last call.
+
+    Raises:
+        FuseportError: see `errors`; `out` is as it was.
+    """
+    where = default_device(device)
+    run = choose(backend, where)
+    plan = source if isinstance(source, CheckpointPlan) else plan_checkpoint(source, recipe or Recipe(), facts)
+    with publish(out, overwrite=overwrite, needed=plan.nbytes) as partial:
+        writer = Writer(partial, plan.images)
+        try:
+            writer.open()
+            counts = _fill(plan, writer, run, where, progress)
+            writer.finish()
+        finally:
+            writer.close()
+        write_json(partial / "config.json", config(plan.spec, plan.recipe, plan.vocab_size))
+        write_json(partial / MANIFEST, _manifest(plan, writer, counts))
+    return Report(out, plan.nbytes, len(plan.tensors), counts[0], counts[1])
+
+
+def _fill(
+    plan: CheckpointPlan, writer: Writer, run: Run, device: torch.device, progress: Progress
+) -> tuple[dict[str, int], dict[str, int]]:
+    saturated: dict[str, int] = {}
+    nonfinite: dict[str, int] = {}
+    for batch in batches(plan.tensors, BATCH):
+        results, counts = compute(batch, plan.stored, run, device)
+        for planned, tensor, (beyond, strange) in zip(batch, results, counts, strict=True):
+            writer.write(planned.rank, planned.name, tensor.cpu())
+            name = f"rank{planned.rank}/{planned.name}"
+            saturated |= {name: beyond} if beyond else {}
+            nonfinite |= {name: strange} if strange else {}
+            progress(planned.nbytes)
+    return saturated, nonfinite
+
+
+def compute(
+    batch: list[Planned], stored: Mapping[int, Stored], run: Run, device: torch.device
+) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+    """Read what a batch of planned tensors needs, and fill them on `device`.
+
+    Returns:
+        The tensors, and for each (saturated, non-finite) element counts.
+    """
+    memory = _load((move.src for one in batch for move in one.moves), stored, device)
+    results, moves = [], []
+    for planned in batch:
+        dst = torch.empty(planned.dst.shape, dtype=planned.dst.dtype, device=device)
+        results.append(dst)
+        moves.append([_bound(move, dst, memory) for move in planned.moves])
+    counts = run_all(run, [move for group in moves for move in group], True)
+    assert counts is not None
+    sizes = [len(group) for group in moves]
+    totals = [part.sum(0).tolist() for part in counts.split(sizes)]
+    return results, [(beyond, strange) for beyond, strange in totals]
+
+
+Memory = dict[int, list[tuple[int, torch.Tensor]]]
+
+
+def _load(
+    views: Iterable[torch.Tensor], stored: Mapping[int, Stored], device: torch.device
+) -> Memory:
+    """For each storage, its needed ranges: (first element, 1-D tensor on the device)."""
+    memory: Memory = {}
+    for key, spans in intervals(views).items():
+        for span in spans:
+            host = torch.empty(span.stop - span.start, dtype=stored[key].dtype)
+            stored[key].read_flat(span.start, span.stop, host)
+            memory.setdefault(key, []).append((span.start, host.to(device)))
+    return memory
+
+
+def _bound(move: Move, dst: torch.Tensor, memory: Memory) -> Move:
+    target = bind(move.dst, dst.view(-1), 0)
+    if not move.src.numel():
+        return Move(target, target, 0.0)
+    offset = move.src.storage_offset()
+    first, flat = max(
+        (one for one in memory[storage_key(move.src)] if one[0] <= offset), key=lambda one: one[0]
+    )
+    return Move(target, bind(move.src, flat, first), move.shift, move.quant)
+
+
+def _manifest(
+    plan: CheckpointPlan, writer: Writer, counts: tuple[dict[str, int], dict[str, int]]
+) -> dict[str, object]:
+    files = {
+        image.name: {"bytes": image.nbytes, "xxh3_128": file_digest(writer.directory / image.name)}
+        for image in plan.images.values()
+    }
+    settings = writer.directory / "config.json"
+    files["config.json"] = {
+        "bytes": settings.stat().st_size,
+        "xxh3_128": file_digest(settings),
+    }
+    return {
+        "format": 1,
+        "fuseport": importlib.metadata.version("fuseport"),
+        "torch": torch.__version__,
+        "source": {"path": plan.source.origin.name, "kind": plan.source.kind},
+        "recipe": dataclasses.asdict(plan.recipe),
+        "spec": dataclasses.asdict(plan.spec),
+        "ignored": dict(plan.source.ignored),
+        "saturated": counts[0],
+        "nonfinite": counts[1],
+        "files": files,
+        "tensors": writer.digests,
+    }

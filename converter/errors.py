@@ -1,0 +1,65 @@
+"""Everything that fuseport raises about a user's input.
+
+    FuseportError
+    ├── SourceError                the source cannot be read
+    │   ├── UnsafeSourceError      it asks for code to run, or for a file outside its directory
+    │   └── CorruptSourceError     truncated, overlapping or missing bytes
+    ├── ModelError                 the tensors and the facts do not fit together
+    │   ├── MissingTensorError
+    │   ├── UnknownTensorError
+    │   ├── ShapeError
+    │   └── UnsupportedOptionError
+    ├── RecipeError                the choice of target, parallel sizes or dtypes cannot work
+    ├── OutputError                the destination exists, is full, or is not writable
+    └── VerificationError          a result is not what its source says it should be
+
+Every message names the tensor or the option, what was expected, what was found and what to do.
+"""
+
+
+class FuseportError(Exception):
+    """Base of every error about a source, a model, a recipe or an output."""
+
+
+class SourceError(FuseportError):
+    """A source cannot be read."""
+
+
+class UnsafeSourceError(SourceError):
+    """A source asks for code to be run, or for a file outside its own directory."""
+
+
+class CorruptSourceError(SourceError):
+    """A source's bytes are missing, truncated, overlapping or of an absurd size."""
+
+
+class ModelError(FuseportError):
+    """The source's tensors and the model's facts do not fit together."""
+
+
+class MissingTensorError(ModelError):
+    """A tensor that the model's facts call for is not in the source."""
+
+
+class UnknownTensorError(ModelError):
+    """A source tensor is neither used nor named as ignored."""
+
+
+class ShapeError(ModelError):
+    """A source tensor has another shape than the model's facts say."""
+
+
+class UnsupportedOptionError(ModelError):
+    """The model uses an option that changes the meaning of its weights and is not handled."""
+
+
+class RecipeError(FuseportError):
+    """The chosen target, parallel sizes, dtype or quantisation cannot work for this model."""
+
+
+class OutputError(FuseportError):
+    """The destination exists, is full or cannot be written."""
+
+
+class VerificationError(FuseportError):
+    """A result differs from what its manifest, its target or its source says."""

@@ -1,0 +1,106 @@
+"""Source + recipe → the target's tensors, and the moves that fill them.
+
+A plan is made of views only. Over real tensors its moves can be run as they are; over meta tensors
+(a checkpoint that has not been read) `bind` puts them on real memory, piece by piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from fuseport.kernels.move import Move
+
+from .layout import Shape, pairs, shape_of
+from .targets.trtllm import TargetTensor
+
+Allocate = Callable[[Shape, torch.dtype], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of one rank's file, with the moves that fill it completely."""
+
+    rank: int
+    name: str
+    dst: torch.Tensor
+    moves: tuple[Move, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return self.dst.numel() * self.dst.element_size()
+
+
+def build(targets: Iterable[TargetTensor], allocate: Allocate) -> list[Planned]:
+    """Allocate every target tensor and pair it with its sources."""
+    return [_one(target, allocate) for target in targets]
+
+
+def _one(target: TargetTensor, allocate: Allocate) -> Planned:
+    dst = allocate(shape_of(target.layout), target.dtype)
+    moves = tuple(Move(d, s, target.shift, target.quant) for d, s in pairs(dst, target.layout))
+    return Planned(target.rank, target.name, dst, moves)
+
+
+def on_meta(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+    """Allocate nothing: a tensor of shape and strides only."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """The same for all views of one tensor, real or meta."""
+    return tensor.untyped_storage()._cdata
+
+
+def extent(view: torch.Tensor) -> tuple[int, int]:
+    """[first, last + 1) element of its storage that a non-empty view touches."""
+    span = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
+    return view.storage_offset(), view.storage_offset() + span + 1
+
+
+@dataclass(frozen=True)
+class Interval:
+    """Elements [start, stop) of one storage."""
+
+    start: int
+    stop: int
+
+
+def intervals(views: Iterable[torch.Tensor]) -> dict[int, list[Interval]]:
+    """For each storage, the merged ranges that the views touch: what has to be read."""
+    touched: dict[int, list[tuple[int, int]]] = {}
+    for view in views:
+        if view.numel():
+            touched.setdefault(storage_key(view), []).append(extent(view))
+    return {key: list(_merge(sorted(spans))) for key, spans in touched.items()}
+
+
+def _merge(spans: list[tuple[int, int]]) -> Iterator[Interval]:
+    start, stop = spans[0]
+    for low, high in spans[1:]:
+        if low > stop:
+            yield Interval(start, stop)
+            start, stop = low, high
+        stop = max(stop, high)
+    yield Interval(start, stop)
+
+
+def bind(view: torch.Tensor, memory: torch.Tensor, first: int) -> torch.Tensor:
+    """The view over real memory: `memory` is 1-D and begins at element `first` of its storage."""
+    return memory.as_strided(view.shape, view.stride(), view.storage_offset() - first)
+
+
+def batches(plan: Iterable[Planned], limit: int) -> Iterator[list[Planned]]:
+    """Consecutive tensors of at most `limit` bytes together; a larger one comes alone."""
+    batch: list[Planned] = []
+    size = 0
+    for planned in plan:
+        if batch and size + planned.nbytes > limit:
+            yield batch
+            batch, size = [], 0
+        batch.append(planned)
+        size += planned.nbytes
+    if batch:
+        yield batch

@@ -1,0 +1,100 @@
+"""What the user chooses: the target, its parallel sizes and its dtype."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .errors import RecipeError
+from .model import ModelSpec
+
+DTYPES = {
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "float32": torch.float32,
+}
+TARGETS = ("trtllm",)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """The choice of a conversion.
+
+    `tp_size` and `pp_size` are the target's tensor and pipeline parallel sizes. Experts are split
+    `moe_ep_size` ways by expert and `tp_size / moe_ep_size` ways inside each expert. With
+    `use_parallel_embedding` the embeddings are sharded by rows, else every rank has them whole.
+
+    Raises:
+        RecipeError: a size is not positive, or the target or dtype is not known.
+    """
+
+    target: str = "trtllm"
+    tp_size: int = 1
+    pp_size: int = 1
+    moe_ep_size: int = 1
+    dtype: str = "bfloat16"
+    use_parallel_embedding: bool = False
+    gpus_per_node: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("tp_size", "pp_size", "moe_ep_size", "gpus_per_node"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"{name} must be at least 1, found {getattr(self, name)}")
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
+        if self.target not in TARGETS:
+            raise RecipeError(f"target {self.target!r} is none of {', '.join(TARGETS)}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch's."""
+        return DTYPES[self.dtype]
+
+    @property
+    def world_size(self) -> int:
+        """Number of ranks, each of which loads one file."""
+        return self.tp_size * self.pp_size
+
+    @property
+    def moe_tp_size(self) -> int:
+        """How many ranks share one expert."""
+        return self.tp_size // self.moe_ep_size
+
+
+def check(spec: ModelSpec, recipe: Recipe) -> None:
+    """Raise RecipeError if this model cannot be split this way; the message says what divides."""
+    tp = recipe.tp_size
+    _divides("num_attention_heads", spec.num_attention_heads, "tp_size", tp)
+    for layer in range(spec.num_layers):
+        block = spec.block(layer)
+        if block.attention == "full":
+            _shares_heads(block.num_query_groups, tp)
+        if block.mlp == "full" and not spec.is_moe(layer):
+            _divides("ffn_hidden_size", block.ffn_hidden_size, "tp_size", tp)
+        if "linear" in (block.attention, block.mlp):
+            _divides("hidden_size", spec.hidden_size, "tp_size", tp)
+    if spec.num_moe_experts:
+        _divides("tp_size", tp, "moe_ep_size", recipe.moe_ep_size)
+        _divides("num_moe_experts", spec.num_moe_experts, "moe_ep_size", recipe.moe_ep_size)
+        _divides("moe_ffn_hidden_size", spec.moe_ffn_hidden_size, "moe_tp_size", recipe.moe_tp_size)
+        shared = spec.moe_shared_expert_intermediate_size
+        _divides("moe_shared_expert_intermediate_size", shared, "tp_size", tp)
+    if recipe.pp_size > spec.num_layers:
+        raise RecipeError(f"pp_size {recipe.pp_size} exceeds the {spec.num_layers} layers")
+
+
+def _divides(what: str, size: int, by: str, parts: int) -> None:
+    if size % parts:
+        raise RecipeError(
+            f"{what} = {size} cannot be split evenly by {by} = {parts}; choose a {by} that "
+            f"divides it"
+        )
+
+
+def _shares_heads(groups: int, tp: int) -> None:
+    if groups % tp and tp % groups:
+        raise RecipeError(
+            f"num_query_groups = {groups} and tp_size = {tp}: one must divide the other, so that "
+            f"each rank has whole KV heads or each KV head is repeated evenly"
+        )

@@ -1,0 +1,1 @@
+"""Where weights come from: Megatron-Core, in memory and on disk."""

@@ -1,0 +1,314 @@
+"""Megatron-Core's tensors as logical views.
+
+`SPELLINGS` is the table: what a part is called here → the keys under which Megatron-Core, with
+and without Transformer Engine and in each checkpoint layout, keeps it. `{e}` is an expert.
+A part is found under exactly one of its spellings; a key that no part claims is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from ..claims import Claims
+from ..logical import (
+    Attention,
+    Half,
+    Layer,
+    Linear,
+    Mlp,
+    Model,
+    Moe,
+    Norm,
+    Projection,
+)
+from ..model import Block, ModelSpec
+
+SPELLINGS: dict[str, tuple[str, ...]] = {
+    "embedding": ("embedding.word_embeddings.weight",),
+    "positions": ("embedding.position_embeddings.weight",),
+    "final_norm.weight": ("decoder.final_layernorm.weight", "decoder.final_norm.weight"),
+    "final_norm.bias": ("decoder.final_layernorm.bias", "decoder.final_norm.bias"),
+    "output": ("output_layer.weight",),
+    # In a layer, after "decoder.layers.N.".
+    "input_norm.weight": (
+        "input_layernorm.weight",
+        "self_attention.linear_qkv.layer_norm_weight",
+    ),
+    "input_norm.bias": ("input_layernorm.bias", "self_attention.linear_qkv.layer_norm_bias"),
+    "qkv.weight": ("self_attention.linear_qkv.weight",),
+    "qkv.bias": ("self_attention.linear_qkv.bias",),
+    "q_norm.weight": ("self_attention.q_layernorm.weight",),
+    "q_norm.bias": ("self_attention.q_layernorm.bias",),
+    "k_norm.weight": ("self_attention.k_layernorm.weight",),
+    "k_norm.bias": ("self_attention.k_layernorm.bias",),
+    "out.weight": ("self_attention.linear_proj.weight",),
+    "out.bias": ("self_attention.linear_proj.bias",),
+    "attention_linear": ("self_attention.weight",),
+    "mlp_norm.weight": ("pre_mlp_layernorm.weight", "mlp.linear_fc1.layer_norm_weight"),
+    "mlp_norm.bias": ("pre_mlp_layernorm.bias", "mlp.linear_fc1.layer_norm_bias"),
+    "mlp_linear": ("mlp.weight",),
+    "router": ("mlp.router.weight",),
+    "router_bias": ("mlp.router.expert_bias",),
+    "shared_gate": ("mlp.shared_experts.gate_weight",),
+    "experts.fc1": ("mlp.experts.experts.linear_fc1.weight",),
+    "experts.fc1_gate": ("mlp.experts.experts.linear_fc1.weight_w",),
+    "experts.fc1_up": ("mlp.experts.experts.linear_fc1.weight_v",),
+    "experts.fc2": ("mlp.experts.experts.linear_fc2.weight",),
+    "experts.weight1": ("mlp.experts.weight1",),
+    "experts.weight2": ("mlp.experts.weight2",),
+}
+
+# Where an MLP's linears are: dense, shared expert, and one expert of each flavour.
+MLP_PREFIXES = {
+    "dense": ("mlp.",),
+    "shared": ("mlp.shared_experts.",),
+    "expert": ("mlp.experts.local_experts.{e}.", "mlp.experts.experts.{e}."),
+}
+# Within those: whole, or split into gate (w) and up (v) as singleton checkpoints have it.
+MLP_PARTS = {
+    "fc1": "linear_fc1.weight",
+    "fc1_gate": "linear_fc1.weight_w",
+    "fc1_up": "linear_fc1.weight_v",
+    "fc1.bias": "linear_fc1.bias",
+    "fc1_gate.bias": "linear_fc1.bias_w",
+    "fc1_up.bias": "linear_fc1.bias_v",
+    "fc2": "linear_fc2.weight",
+    "fc2.bias": "linear_fc2.bias",
+}
+# Transformer Engine's grouped linear puts the expert behind the part.
+GROUPED = "mlp.experts.{part}{e}"
+
+IGNORED: dict[str, str] = {
+    "_extra_state": "state of Transformer Engine's modules, no weight",
+    "rotary_pos_emb.": "computed from the configuration",
+    "adapter_layer.": "adapter, not part of the base model",
+    ".rng_state": "state of a random generator",
+    "local_tokens_per_expert": "statistics of the router, no weight",
+}
+
+
+def mlp_spellings(kind: str, part: str) -> tuple[str, ...]:
+    """Every key of an MLP's part, after the layer's prefix."""
+    name = MLP_PARTS[part]
+    grouped = (GROUPED.replace("{part}", name),) if kind == "expert" else ()
+    return tuple(prefix + name for prefix in MLP_PREFIXES[kind]) + grouped
+
+
+def read_model(tensors: Mapping[str, torch.Tensor], spec: ModelSpec) -> Model:
+    """The logical views of a whole model (or of one shard, with the shard's own spec).
+
+    Args:
+        tensors: by Megatron-Core's in-memory names with layer numbers; real or meta tensors.
+        spec: the facts that these tensors follow.
+
+    Raises:
+        MissingTensorError, UnknownTensorError, ShapeError: the tensors do not fit the facts.
+    """
+    claims = Claims(tensors, IGNORED)
+    reader = _Reader(claims, spec)
+    model = reader.model()
+    claims.finish()
+    return model
+
+
+class _Reader:
+    def __init__(self, claims: Claims, spec: ModelSpec) -> None:
+        self.claims = claims
+        self.spec = spec
+
+    def model(self) -> Model:
+        hidden = self.spec.hidden_size
+        return Model(
+            embedding=self._whole("embedding", (None, hidden)),
+            positions=self._whole("positions", (None, hidden)),
+            layers=tuple(self._layer(index) for index in range(self.spec.num_layers)),
+            final_norm=self._final_norm(),
+            output=self._output(),
+        )
+
+    def _whole(self, part: str, shape: tuple[int | None, ...]) -> torch.Tensor | None:
+        return self.claims.take(SPELLINGS[part], shape)
+
+    def _final_norm(self) -> Norm | None:
+        weight = self._whole("final_norm.weight", (self.spec.hidden_size,))
+        if weight is None:
+            return None
+        return Norm(weight, self._whole("final_norm.bias", (self.spec.hidden_size,)), self._shift())
+
+    def _output(self) -> torch.Tensor | None:
+        """A tied model's last pipeline stage keeps a copy of the embedding: it is not output."""
+        output = self._whole("output", (None, self.spec.hidden_size))
+        return None if self.spec.share_embeddings_and_output_weights else output
+
+    def _layer(self, index: int) -> Layer:
+        prefix = f"decoder.layers.{index}."
+        block = self.spec.block(index)
+        scope = _Scope(self.claims, prefix, self.spec)
+        return Layer(
+            input_norm=scope.norm("input_norm", self.spec.hidden_size, block.attention == "full"),
+            attention=self._attention(scope, block),
+            mlp_norm=scope.norm("mlp_norm", self.spec.hidden_size, block.mlp == "full"),
+            mlp=self._mlp(scope, block, index),
+        )
+
+    def _shift(self) -> float:
+        return 1.0 if self.spec.layernorm_zero_centered_gamma else 0.0
+
+    def _attention(self, scope: _Scope, block: Block) -> Attention | Linear | None:
+        if block.attention != "full":
+            return scope.linear("attention_linear") if block.attention == "linear" else None
+        q, k, v = scope.qkv(block.num_query_groups)
+        head = self.spec.kv_channels
+        heads = self.spec.num_attention_heads
+        out = scope.need("out.weight", (self.spec.hidden_size, heads * head))
+        groups = block.num_query_groups
+        return Attention(
+            q, k, v,
+            out=out.unflatten(1, (groups, heads // groups, head)),
+            out_bias=scope.take("out.bias", (self.spec.hidden_size,), self.spec.add_bias_linear),
+            q_norm=scope.norm("q_norm", head, self.spec.qk_layernorm),
+            k_norm=scope.norm("k_norm", head, self.spec.qk_layernorm),
+        )  # fmt: skip
+
+    def _mlp(self, scope: _Scope, block: Block, index: int) -> Mlp | Moe | Linear | None:
+        if block.mlp != "full":
+            return scope.linear("mlp_linear") if block.mlp == "linear" else None
+        if not self.spec.is_moe(index):
+            return scope.mlp("dense", block.ffn_hidden_size)
+        experts, hidden = self.spec.num_moe_experts, self.spec.hidden_size
+        width = self.spec.moe_shared_expert_intermediate_size
+        return Moe(
+            router=scope.need("router", (experts, hidden)),
+            router_bias=scope.take("router_bias", (experts,), False),
+            experts=scope.experts(),
+            shared=scope.mlp("shared", width) if width else None,
+            shared_gate=scope.take("shared_gate", (1, hidden), False),
+        )
+
+
+class _Scope:
+    """The parts of one layer."""
+
+    def __init__(self, claims: Claims, prefix: str, spec: ModelSpec) -> None:
+        self.claims = claims
+        self.prefix = prefix
+        self.spec = spec
+
+    def take(self, part: str, shape: tuple[int, ...], needed: bool) -> torch.Tensor | None:
+        return self._find(SPELLINGS[part], shape, needed)
+
+    def need(self, part: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self.claims.need(self._keys(SPELLINGS[part]), shape)
+
+    def _keys(self, spellings: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(self.prefix + spelling for spelling in spellings)
+
+    def _find(
+        self, spellings: tuple[str, ...], shape: tuple[int, ...], needed: bool
+    ) -> torch.Tensor | None:
+        find = self.claims.need if needed else self.claims.take
+        return find(self._keys(spellings), shape)
+
+    def norm(self, part: str, size: int, needed: bool) -> Norm | None:
+        weight = self.take(f"{part}.weight", (size,), needed)
+        if weight is None:
+            return None
+        shift = 1.0 if self.spec.layernorm_zero_centered_gamma else 0.0
+        bias = self.take(f"{part}.bias", (size,), self.spec.normalization == "LayerNorm")
+        return Norm(weight, bias, shift)
+
+    def linear(self, part: str) -> Linear:
+        return Linear(self.need(part, (self.spec.hidden_size, self.spec.hidden_size)))
+
+    def qkv(self, groups: int) -> tuple[Projection, Projection, Projection]:
+        """linear_qkv's rows are, for each query group: its query heads, then its key and value."""
+        heads, head = self.spec.num_attention_heads, self.spec.kv_channels
+        rows = (heads + 2 * groups) * head
+        bias = self.spec.add_bias_linear or self.spec.add_qkv_bias
+        weight = self.need("qkv.weight", (rows, self.spec.hidden_size))
+        parts = _split_qkv(weight, groups, head)
+        vector = self.take("qkv.bias", (rows,), bias)
+        biases = (None,) * 3 if vector is None else _split_qkv(vector, groups, head)
+        q, k, v = (Projection(w, b) for w, b in zip(parts, biases, strict=True))
+        return q, k, v
+
+    def mlp(self, kind: str, width: int, expert: int = 0) -> Mlp:
+        hidden, bias = self.spec.hidden_size, self.spec.add_bias_linear
+
+        def find(part: str, shape: tuple[int, ...], needed: bool) -> torch.Tensor | None:
+            keys = (key.replace("{e}", str(expert)) for key in mlp_spellings(kind, part))
+            return self._find(tuple(keys), shape, needed)
+
+        down = find("fc2", (hidden, width), True)
+        assert down is not None
+        down_bias = find("fc2.bias", (hidden,), bias)
+        if not self.spec.gated_linear_unit:
+            weight = find("fc1", (width, hidden), True)
+            assert weight is not None
+            return Mlp(None, Half(weight, find("fc1.bias", (width,), bias)), down, down_bias)
+        gate, up = _halves(find, width, hidden, bias)
+        return Mlp(gate, up, down, down_bias)
+
+    def experts(self) -> tuple[Mlp, ...]:
+        """Experts as separate linears, stacked in one tensor, or in the legacy grouped form."""
+        count, width = self.spec.num_moe_experts, self.spec.moe_ffn_hidden_size
+        hidden = self.spec.hidden_size
+        halves = 2 if self.spec.gated_linear_unit else 1
+        stacked = self.take("experts.fc2", (count, hidden, width), False)
+        if stacked is not None:
+            first = self.take("experts.fc1", (count, halves * width, hidden), False)
+            firsts = self._singleton_halves() if first is None else _experts_first(first, halves)
+            return _assemble(firsts, stacked)
+        grouped = self.take("experts.weight2", (count * width, hidden), False)
+        if grouped is not None:
+            # Its memory is [E, F, H] and [E, H, 2F], whatever the parameter's shape says.
+            weight1 = self.need("experts.weight1", (hidden, count * halves * width))
+            first = weight1.view(count, hidden, halves * width).transpose(1, 2)
+            down = grouped.view(count, width, hidden).transpose(1, 2)
+            return _assemble(_experts_first(first, halves), down)
+        return tuple(self.mlp("expert", width, expert) for expert in range(count))
+
+    def _singleton_halves(self) -> list[tuple[torch.Tensor, ...]]:
+        count, width = self.spec.num_moe_experts, self.spec.moe_ffn_hidden_size
+        shape = (count, width, self.spec.hidden_size)
+        gate, up = self.need("experts.fc1_gate", shape), self.need("experts.fc1_up", shape)
+        return [(gate[expert], up[expert]) for expert in range(count)]
+
+
+def _split_qkv(tensor: torch.Tensor, groups: int, head: int) -> tuple[torch.Tensor, ...]:
+    """[G·(Q+2)·D, …] → q [G, Q, D, …], k [G, D, …], v [G, D, …]."""
+    per_group = tensor.unflatten(0, (groups, -1, head))
+    queries = per_group.shape[1] - 2
+    return per_group[:, :queries], per_group[:, queries], per_group[:, queries + 1]
+
+
+def _halves(find, width: int, hidden: int, bias: bool) -> tuple[Half, Half]:  # type: ignore[no-untyped-def]
+    """Gate and up of a gated MLP: from one matrix [2F, H], or kept apart (weight_w, weight_v)."""
+    apart = find("fc1_gate", (width, hidden), False)
+    if apart is not None:
+        up = find("fc1_up", (width, hidden), True)
+        biases = (
+            find("fc1_gate.bias", (width,), bias),
+            find("fc1_up.bias", (width,), bias),
+        )
+        return Half(apart, biases[0]), Half(up, biases[1])
+    weight = find("fc1", (2 * width, hidden), True)
+    vector = find("fc1.bias", (2 * width,), bias)
+    weights = weight.chunk(2)
+    biases = (None, None) if vector is None else vector.chunk(2)
+    return Half(weights[0], biases[0]), Half(weights[1], biases[1])
+
+
+def _experts_first(first: torch.Tensor, halves: int) -> list[tuple[torch.Tensor, ...]]:
+    """[E, 2F, H] → for each expert (gate, up), or (up,) where it is not gated."""
+    return [expert.chunk(halves) for expert in first.unbind(0)]
+
+
+def _assemble(firsts: list[tuple[torch.Tensor, ...]], down: torch.Tensor) -> tuple[Mlp, ...]:
+    def one(first: tuple[torch.Tensor, ...], second: torch.Tensor) -> Mlp:
+        *gate, up = (Half(weight, None) for weight in first)
+        return Mlp(gate[0] if gate else None, up, second, None)
+
+    return tuple(one(*pair) for pair in zip(firsts, down.unbind(0), strict=True))

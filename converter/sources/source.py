@@ -1,0 +1,87 @@
+"""An opened source: its tensors by layer as meta views, and where their bytes are."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ..errors import SourceError
+from ..plan import storage_key
+from .mp_rank import merge_shards, read_mp_rank
+from .stored import Stored
+from .torch_dist import read_torch_dist
+
+# A stacked key has no number behind "layers."; its first axis counts the layers.
+STACKED = re.compile(r"^(decoder\.layers\.)(?!\d)(.+)$")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint on disk.
+
+    `tensors` are meta views by Megatron-Core's in-memory names, one per layer; `stored` maps
+    their storages to what has to be read. `facts` are as found; `ignored` says why a key is not
+    a weight.
+    """
+
+    origin: Path
+    kind: str
+    tensors: Mapping[str, torch.Tensor]
+    stored: Mapping[int, Stored]
+    facts: Mapping[str, object]
+    ignored: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights."""
+        return sum(stored.nbytes for stored in self.stored.values())
+
+
+def open_source(path: Path) -> Source:
+    """Open a torch_dist checkpoint or a legacy `mp_rank_*` directory; reads no weights.
+
+    Raises:
+        SourceError: it is neither, or cannot be read safely.
+    """
+    if not path.is_dir():
+        raise SourceError(f"{path} is not a directory; expected a Megatron checkpoint")
+    if _legacy(path) is not None:
+        legacy = read_mp_rank(path)
+        stored = merge_shards(legacy.shards, legacy.facts)
+        return make_source(path, "mp_rank", stored, legacy.facts, legacy.ignored)
+    opened = read_torch_dist(path)
+    return make_source(opened.origin, "torch_dist", opened.tensors, opened.facts, opened.ignored)
+
+
+def _legacy(path: Path) -> Path | None:
+    """The first rank directory, here or one level down."""
+    return next((found for pattern in ("mp_rank_*", "*/mp_rank_*") for found in path.glob(pattern)), None)
+
+
+def make_source(
+    origin: Path,
+    kind: str,
+    stored: Mapping[str, Stored],
+    facts: Mapping[str, object],
+    ignored: Mapping[str, str],
+) -> Source:
+    """Give every stored tensor a meta twin, and take stacks apart by layer."""
+    tensors: dict[str, torch.Tensor] = {}
+    by_storage: dict[int, Stored] = {}
+    for name, one in stored.items():
+        twin = torch.empty(one.shape, dtype=one.dtype, device="meta")
+        by_storage[storage_key(twin)] = one
+        tensors.update(_by_layer(name, twin))
+    return Source(origin, kind, tensors, by_storage, facts, ignored)
+
+
+def _by_layer(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    match = STACKED.match(name)
+    if match is None:
+        return {name: tensor}
+    prefix, rest = match.groups()
+    return {f"{prefix}{layer}.{rest}": part for layer, part in enumerate(tensor.unbind(0))}

@@ -1,0 +1,1 @@
+"""What weights become: TensorRT-LLM's unified checkpoint."""

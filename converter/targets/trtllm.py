@@ -1,0 +1,254 @@
+"""TensorRT-LLM's unified checkpoint (up to 1.2): which slice of which weight goes to which rank.
+
+Sources: TensorRT-LLM 1.2's `docs/source/architecture/checkpoint.md` for names and files, and its
+model classes for the row orders:
+
+- linear weights are [out / tp, in]; column-parallel ones split rows, row-parallel ones columns;
+- a rank's `attention.qkv` is all its q rows, then k, then v;
+- `mlp.fc` is the activated half, `mlp.gate` the other; with experts it is [up; gate] in one;
+- KV heads are repeated when there are more ranks than heads;
+- the vocabulary is padded with zero rows to a multiple of tp;
+- layer numbers count from the pipeline stage's first layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from fuseport.kernels.move import GivenScale
+
+from ..errors import RecipeError, ShapeError
+from ..layout import Layout, Stack, cat, flat_columns, flat_rows
+from ..logical import Attention, Half, Layer, Linear, Mlp, Model, Moe, Norm
+from ..model import ModelSpec
+from ..recipe import Recipe
+from .trtllm_config import FAMILIES, padded_vocab_size, pp_layers
+
+
+@dataclass(frozen=True)
+class TargetTensor:
+    """One tensor of one rank's file: what it is made of, and what happens to its values."""
+
+    rank: int
+    name: str
+    layout: Layout
+    dtype: torch.dtype
+    shift: float = 0.0
+    quant: GivenScale | None = None
+
+
+@dataclass(frozen=True)
+class Part:
+    """A rule's answer: a tensor's name within its layer, and what it is made of."""
+
+    name: str
+    layout: Layout
+    shift: float = 0.0
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A tensor-parallel rank's place: index `rank` of `size`."""
+
+    rank: int
+    size: int
+
+    def along(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
+        """This shard's equal share of an axis."""
+        length = tensor.shape[axis] // self.size
+        return tensor.narrow(axis, self.rank * length, length)
+
+    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Column-parallel: this shard's output rows."""
+        return self.along(tensor, 0)
+
+    def columns(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Row-parallel: this shard's input columns."""
+        return self.along(tensor, 1)
+
+    def query_heads(self, q: torch.Tensor) -> torch.Tensor:
+        """[G, Q, …] → this shard's query heads: whole groups, or a part of one group."""
+        groups = q.shape[0]
+        if self.size <= groups:
+            return self.rows(q)
+        repeats = self.size // groups
+        return Shard(self.rank % repeats, repeats).along(self._group(q), 1)
+
+    def kv_heads(self, k: torch.Tensor) -> torch.Tensor:
+        """[G, …] → this shard's KV heads; ranks that share a query group get the same one."""
+        return self.rows(k) if self.size <= k.shape[0] else self._group(k)
+
+    def _group(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.narrow(0, self.rank * tensor.shape[0] // self.size, 1)
+
+
+class TrtllmRules:
+    """Lays a model out for every rank of a recipe.
+
+    Args:
+        model: the whole model's logical views.
+        spec: its facts.
+        recipe: the choice of parallel sizes and dtype.
+        zero_row: [1, H], zeros, of the embedding's dtype: what the padded vocabulary repeats.
+        scales: module's target name → scale; its weight becomes e4m3.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        spec: ModelSpec,
+        recipe: Recipe,
+        zero_row: torch.Tensor,
+        scales: Mapping[str, GivenScale] | None = None,
+    ) -> None:
+        self.model, self.spec, self.recipe, self.zero_row = model, spec, recipe, zero_row
+        self.scales = scales or {}
+        self.names = FAMILIES[spec.model_type].names
+
+    def tensors(self) -> Iterator[TargetTensor]:
+        """Every tensor of every rank; the ranks' shares of one weight stand next to each other."""
+        tp = self.recipe.tp_size
+        for stage in range(self.recipe.pp_size):
+            for unit in self._units(stage):
+                shares = [list(unit(Shard(rank, tp))) for rank in range(tp)]
+                for index in range(len(shares[0])):
+                    for rank in range(tp):
+                        yield self._place(shares[rank][index], stage * tp + rank)
+
+    def _place(self, part: Part, rank: int) -> TargetTensor:
+        module, _, kind = part.name.rpartition(".")
+        quant = self.scales.get(module) if kind == "weight" else None
+        dtype = part.dtype or self.recipe.torch_dtype
+        if quant is not None:
+            dtype = torch.float8_e4m3fn
+        return TargetTensor(rank, part.name, part.layout, dtype, part.shift, quant)
+
+    def _units(self, stage: int):  # type: ignore[no-untyped-def]
+        """What a stage holds, each as a function from a shard to its parts."""
+        layers = pp_layers(self.spec.num_layers, self.recipe.pp_size, stage)
+        if stage == 0:
+            yield self._input
+        for local, index in enumerate(layers):
+            prefix, layer = f"transformer.layers.{local}.", self.model.layers[index]
+            yield lambda shard, prefix=prefix, layer=layer: self._layer(prefix, layer, shard)
+        if stage == self.recipe.pp_size - 1:
+            yield self._output
+
+    def _input(self, shard: Shard) -> Iterator[Part]:
+        model, share = self.model, self.recipe.use_parallel_embedding
+        place = shard if share else Shard(0, 1)
+        if model.embedding is not None:
+            yield Part("transformer.vocab_embedding.weight", self._vocabulary(model.embedding, place))
+        if model.positions is not None:
+            if model.positions.shape[0] % place.size:
+                raise RecipeError(
+                    f"{model.positions.shape[0]} positions cannot be split by tp_size = "
+                    f"{place.size}; leave out --parallel-embedding"
+                )
+            yield Part("transformer.position_embedding.weight", place.rows(model.positions))
+
+    def _output(self, shard: Shard) -> Iterator[Part]:
+        if self.model.final_norm is not None:
+            yield from norm("transformer.ln_f", self.model.final_norm)
+        head = self.model.output
+        if head is None and self.recipe.pp_size > 1:
+            # A tied head is left out where its stage has the embedding, and only there.
+            head = self.model.embedding
+        if head is not None:
+            yield Part("lm_head.weight", self._vocabulary(head, shard))
+
+    def _vocabulary(self, table: torch.Tensor, shard: Shard) -> Layout:
+        """A shard's rows of an embedding: training's padding stripped, the target's added."""
+        size = self.spec.vocab_size or table.shape[0]
+        if size > table.shape[0]:
+            raise ShapeError(
+                f"vocab_size = {size}, but the embedding has {table.shape[0]} rows; "
+                f"correct it with --vocab-size"
+            )
+        rows = padded_vocab_size(size, shard.size) // shard.size
+        start = min(shard.rank * rows, size)
+        real = table[start : min(start + rows, size)]
+        return cat(real, self.zero_row.expand(rows - real.shape[0], -1))
+
+    def _layer(self, prefix: str, layer: Layer, shard: Shard) -> Iterator[Part]:
+        names = self.names
+        if layer.input_norm is not None:
+            yield from norm(prefix + names.input_norm, layer.input_norm)
+        if isinstance(layer.attention, Attention):
+            yield from attention(prefix + names.attention, layer.attention, shard)
+        elif isinstance(layer.attention, Linear):
+            yield Part(prefix + names.attention + ".weight", shard.rows(layer.attention.weight))
+        if layer.mlp_norm is not None:
+            yield from norm(prefix + names.mlp_norm, layer.mlp_norm)
+        if isinstance(layer.mlp, Mlp):
+            yield from mlp(prefix + names.mlp, layer.mlp, shard)
+        elif isinstance(layer.mlp, Moe):
+            yield from moe(prefix + names.mlp, layer.mlp, shard, self.recipe)
+        elif isinstance(layer.mlp, Linear):
+            yield Part(prefix + names.mlp + ".weight", shard.rows(layer.mlp.weight))
+
+
+def norm(name: str, weights: Norm) -> Iterator[Part]:
+    """Replicated; zero-centred weights get their 1 back."""
+    yield Part(f"{name}.weight", weights.weight, weights.shift)
+    if weights.bias is not None:
+        yield Part(f"{name}.bias", weights.bias)
+
+
+def attention(name: str, weights: Attention, shard: Shard) -> Iterator[Part]:
+    """[q; k; v] rows of the shard's heads, and the output columns that read those heads."""
+    q, k, v = weights.q, weights.k, weights.v
+    rows = (shard.query_heads(q.weight), shard.kv_heads(k.weight), shard.kv_heads(v.weight))
+    yield Part(f"{name}.qkv.weight", cat(*(flat_rows(part, part.ndim - 1) for part in rows)))
+    if q.bias is not None and k.bias is not None and v.bias is not None:
+        biases = (shard.query_heads(q.bias), shard.kv_heads(k.bias), shard.kv_heads(v.bias))
+        yield Part(f"{name}.qkv.bias", cat(*(flat_rows(part, part.ndim) for part in biases)))
+    columns = shard.query_heads(weights.out.movedim(0, 2)).movedim(2, 0)
+    yield Part(f"{name}.dense.weight", flat_columns(columns))
+    if weights.out_bias is not None:
+        yield Part(f"{name}.dense.bias", weights.out_bias)
+    for head_norm, part in ((weights.q_norm, "q_layernorm"), (weights.k_norm, "k_layernorm")):
+        if head_norm is not None:
+            yield from norm(f"{name}.{part}", head_norm)
+
+
+def half(name: str, weights: Half, shard: Shard) -> Iterator[Part]:
+    """One column-parallel half of an MLP's first matrix."""
+    yield Part(f"{name}.weight", shard.rows(weights.weight))
+    if weights.bias is not None:
+        yield Part(f"{name}.bias", shard.rows(weights.bias))
+
+
+def mlp(name: str, weights: Mlp, shard: Shard) -> Iterator[Part]:
+    """`fc` is the half that is activated (the only one if not gated), `gate` the other."""
+    for part, weight in zip(("fc", "gate"), weights.halves):
+        yield from half(f"{name}.{part}", weight, shard)
+    yield Part(f"{name}.proj.weight", shard.columns(weights.down))
+    if weights.down_bias is not None:
+        yield Part(f"{name}.proj.bias", weights.down_bias)
+
+
+def moe(name: str, weights: Moe, shard: Shard, recipe: Recipe) -> Iterator[Part]:
+    """fc [E, 2F, H] = [up; gate] of each expert, proj [E, H, F]; the router stays fp32."""
+    yield Part(f"{name}.router.weight", weights.router, dtype=torch.float32)
+    if weights.router_bias is not None:
+        bias = f"{name}.e_score_correction_bias"
+        yield Part(bias, weights.router_bias, dtype=torch.float32)
+    # Ranks run moe_tp slowest, moe_ep fastest.
+    slice_ = Shard(shard.rank // recipe.moe_ep_size, recipe.moe_tp_size)
+    count = len(weights.experts) // recipe.moe_ep_size
+    first = shard.rank % recipe.moe_ep_size * count
+    local = weights.experts[first : first + count]
+    yield Part(f"{name}.fc.weight", Stack(tuple(_expert_first(one, slice_) for one in local)))
+    yield Part(f"{name}.proj.weight", Stack(tuple(slice_.columns(one.down) for one in local)))
+    if weights.shared is not None:
+        yield from mlp(f"{name}.shared_expert", weights.shared, shard)
+    if weights.shared_gate is not None:
+        yield Part(f"{name}.shared_expert_gate.weight", weights.shared_gate)
+
+
+def _expert_first(expert: Mlp, shard: Shard) -> Layout:
+    return cat(*(shard.rows(part.weight) for part in reversed(expert.halves)))

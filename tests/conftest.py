@@ -1,0 +1,40 @@
+"""Makes the test assets importable, and keeps each Megatron run for the whole session."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+# The folder holds one uniquely named package. The repository's root stays off the path: its
+# `kernels` folder must not become importable under that name.
+sys.path.insert(0, str(Path(__file__).parent / "support"))
+
+if TYPE_CHECKING:
+    from fuseport_testing.megatron_models import Run
+
+MegatronRuns = Callable[..., "Run"]
+
+
+@pytest.fixture(scope="session")
+def megatron_run(tmp_path_factory: pytest.TempPathFactory) -> MegatronRuns:
+    """`megatron_run(case_name, tp=1, pp=1)` → the run, saved in all of the case's layouts.
+
+    Each combination is made once a session. Skips where Megatron-Core is not installed.
+    """
+    pytest.importorskip("megatron.core")
+    from fuseport_testing.megatron_models import BY_NAME, run_workers
+
+    runs: dict[tuple[str, int, int], Run] = {}
+
+    def get(name: str, tp: int = 1, pp: int = 1) -> Run:
+        if (name, tp, pp) not in runs:
+            case = BY_NAME[name]
+            out_dir = tmp_path_factory.mktemp(f"{name}_tp{tp}_pp{pp}")
+            runs[name, tp, pp] = run_workers(case, tp, pp, out_dir, case.layouts)
+        return runs[name, tp, pp]
+
+    return get

@@ -1,0 +1,115 @@
+"""Imports run one way: torch, triton <- kernels <- converter <- benchmarks, tests."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# What each folder may import of the project itself.
+ALLOWED = {
+    "kernels": {"kernels"},
+    "converter": {"kernels", "converter"},
+    "benchmarks": {"kernels", "converter", "benchmarks"},
+    "tests": {"kernels", "converter", "benchmarks", "tests"},
+}
+# The kernels are written in triton; the benchmarks compile them ahead of time.
+USES_TRITON = {"kernels", "benchmarks"}
+FILES = sorted(
+    path.relative_to(ROOT) for folder in ALLOWED for path in ROOT.glob(f"{folder}/**/*.py")
+)
+
+
+def absolute(node: ast.ImportFrom, file: Path) -> str:
+    """The module that `from ... import` names, seen from the repository's root."""
+    if node.level == 0:
+        return node.module or ""
+    package = file.parts[: len(file.parts) - node.level]
+    return ".".join((*package, *filter(None, [node.module])))
+
+
+def names(node: ast.AST, file: Path) -> Iterator[str]:
+    """The dotted names that one statement may import."""
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        module = absolute(node, file)
+        yield from (f"{module}.{alias.name}".lstrip(".") for alias in node.names)
+
+
+def imports(source: str, file: Path) -> set[str]:
+    """Every import of `source`, lazy ones too, `fuseport.` being the repository's root."""
+    found = {name for node in ast.walk(ast.parse(source)) for name in names(node, file)}
+    return {name.removeprefix("fuseport.") for name in found}
+
+
+def faults(source: str, file: Path) -> list[str]:
+    """The imports of `source` that its place forbids."""
+    folder = file.parts[0]
+    bad = []
+    for name in sorted(imports(source, file)):
+        top = name.partition(".")[0]
+        if top in ALLOWED.keys() - ALLOWED[folder] or (
+            top == "triton" and folder not in USES_TRITON
+        ):
+            bad.append(f"{file} imports {name}")
+        if file == Path("kernels/reference.py") and not allowed_in_reference(name):
+            bad.append(f"{file} imports {name}")
+    return bad
+
+
+def allowed_in_reference(name: str) -> bool:
+    """The reference is an independent second opinion: of the project it may know `Move` only."""
+    parts = name.split(".")
+    return parts[0] not in {"triton", "kernels"} or parts[:2] == ["kernels", "move"]
+
+
+@pytest.mark.parametrize("file", FILES, ids=str)
+def test_imports_run_one_way(file: Path) -> None:
+    assert faults((ROOT / file).read_text(), file) == []
+
+
+def test_the_folders_were_found() -> None:
+    assert {file.parts[0] for file in FILES} >= {"kernels", "converter", "tests"}
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("kernels/move.py", "from ..converter.errors import ModelError"),
+        ("kernels/move.py", "from fuseport.converter import errors"),
+        ("kernels/move.py", "import fuseport.converter.errors"),
+        ("kernels/move.py", "from .. import converter"),
+        ("converter/plan.py", "def f():\n    import triton"),
+        ("converter/targets/hf.py", "from triton import language"),
+        ("converter/plan.py", "from benchmarks.aot import compile_kernel"),
+        ("converter/targets/hf.py", "from ...tests import support"),
+        ("kernels/reference.py", "from .numerics import LIMITS"),
+        ("kernels/reference.py", "from . import amax"),
+        ("kernels/reference.py", "import triton.language as tl"),
+        ("tests/kernels/test_move.py", "import triton"),
+    ],
+)
+def test_a_backward_import_is_found(file: str, source: str) -> None:
+    assert len(faults(source, Path(file))) >= 1
+
+
+@pytest.mark.parametrize(
+    ("file", "source"),
+    [
+        ("kernels/fused_copy.py", "import triton\nfrom .move import Move"),
+        ("kernels/reference.py", "import torch\nfrom .move import Move"),
+        (
+            "converter/targets/hf.py",
+            "from ...kernels.move import Move\nfrom ..errors import ModelError",
+        ),
+        ("tests/kernels/test_move.py", "from fuseport.kernels.move import Move"),
+        ("benchmarks/aot.py", "import triton\nfrom fuseport.kernels import move"),
+    ],
+)
+def test_a_forward_import_passes(file: str, source: str) -> None:
+    assert faults(source, Path(file)) == []
