@@ -1,14 +1,19 @@
 """fuseport's converter: Megatron-Core's weights in the layouts that serving engines load."""
 
+from .convert import convert_checkpoint, plan_checkpoint
 from .errors import FuseportError
 from .model import ModelSpec
 from .recipe import Recipe
 from .state import convert_shard, convert_state_dict
+from .verify import verify_checkpoint
 
 __all__ = [
     "FuseportError",
     "ModelSpec",
     "Recipe",
+    "convert_checkpoint",
     "convert_shard",
     "convert_state_dict",
+    "plan_checkpoint",
+    "verify_checkpoint",
 ]

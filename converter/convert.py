@@ -26,6 +26,9 @@ from .targets.trtllm_config import config
 # Bytes of target tensors converted at once.
 BATCH = 256 << 20
 
+# The name of the zeros that fill a padded vocabulary, where a source tensor's name is shown.
+PADDING = "(zero rows)"
+
 Progress = Callable[[int], None]
 
 
@@ -48,32 +51,54 @@ class CheckpointPlan:
     @property
     def vocab_size(self) -> int:
         """The vocabulary without padding."""
-        rows = self.source.tensors["embedding.word_embeddings.weight"].shape[0]
-        return self.spec.vocab_size or rows
+        return self.spec.vocab_size or self._rows
+
+    @property
+    def _rows(self) -> int:
+        return self.source.tensors["embedding.word_embeddings.weight"].shape[0]
+
+    def padding_rows(self) -> dict[str, int]:
+        """Source tensor → elements that are dropped on purpose: training's vocabulary padding.
+
+        A tied model's copy of the embedding on its last pipeline stage is dropped whole.
+        """
+        hidden = self.spec.hidden_size
+        dropped = (self._rows - self.vocab_size) * hidden
+        output = self._rows * hidden if self.spec.share_embeddings_and_output_weights else dropped
+        return {
+            "embedding.word_embeddings.weight": dropped,
+            "output_layer.weight": output,
+            PADDING: hidden,
+        }
 
 
 def plan_checkpoint(
-    source: Path | Source, recipe: Recipe, facts: Mapping[str, object] | None = None
+    source: Path | Source,
+    recipe: Recipe,
+    facts: Mapping[str, object] | ModelSpec | None = None,
 ) -> CheckpointPlan:
     """Plan a conversion; reads the source's metadata, no weights.
 
     Args:
         source: a Megatron checkpoint's directory, or one that is open.
         recipe: the choice.
-        facts: facts that replace the source's own, by field of `ModelSpec`.
+        facts: facts that replace the source's own, by field of `ModelSpec`; or all of them.
 
     Raises:
         FuseportError: the source, the facts and the recipe do not go together.
     """
     opened = source if isinstance(source, Source) else open_source(source)
-    spec = ModelSpec.from_facts(opened.facts, **dict(facts or {}))
+    if isinstance(facts, ModelSpec):
+        spec = facts
+    else:
+        spec = ModelSpec.from_facts(opened.facts, **dict(facts or {}))
     model = read_model(opened.tensors, spec)
     check(spec, recipe)
     check_complete(model, spec)
     zeros = zero_row(model, spec, torch.device("cpu"))
     twin = torch.empty_like(zeros, device="meta")
     piece = Piece((0, 0), tuple(zeros.shape), zeros)
-    padding = Stored("(zero rows)", tuple(zeros.shape), zeros.dtype, (piece,))
+    padding = Stored(PADDING, tuple(zeros.shape), zeros.dtype, (piece,))
     tensors = build(TrtllmRules(model, spec, recipe, twin).tensors(), on_meta)
     stored = {**opened.stored, storage_key(twin): padding}
     images = {
@@ -101,7 +126,7 @@ def convert_checkpoint(
     source: Path | CheckpointPlan,
     out: Path,
     recipe: Recipe | None = None,
-    facts: Mapping[str, object] | None = None,
+    facts: Mapping[str, object] | ModelSpec | None = None,
     *,
     backend: str = "auto",
     device: str = "auto",

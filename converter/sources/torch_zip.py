@@ -20,6 +20,17 @@ _CACHED_END = 4096
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _PAYLOAD_NAME = re.compile(r"(?:^|/)data/[^/]+$")
 _MAX_DESCRIPTION_BYTES = 1 << 16
+# What zipfile lets through for a damaged archive, text and number errors among it.
+_ZIP_FAULTS = (
+    zipfile.BadZipFile,
+    OSError,
+    EOFError,
+    ValueError,
+    OverflowError,
+    RuntimeError,
+    MemoryError,
+    struct.error,
+)
 
 
 class Window:
@@ -102,7 +113,7 @@ def read_saved_object(path: os.PathLike[str]) -> object:
     try:
         with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
             return load_pickle(read_record(archive, "data.pkl", MAX_PICKLE_BYTES, where), where)
-    except (OSError, zipfile.BadZipFile) as error:
+    except _ZIP_FAULTS as error:
         raise CorruptSourceError(f"{where}: not a readable torch.save file ({error})") from error
 
 
@@ -115,8 +126,7 @@ def _open(window: Window, where: str) -> zipfile.ZipFile:
         )
     try:
         return zipfile.ZipFile(cast("IO[bytes]", window))
-    # zipfile lets struct and unicode errors of a damaged directory through.
-    except (zipfile.BadZipFile, OSError, ValueError, struct.error, NotImplementedError) as error:
+    except _ZIP_FAULTS as error:
         raise CorruptSourceError(f"{where}: the zip directory is damaged ({error})") from error
 
 
@@ -143,7 +153,7 @@ def read_record(archive: zipfile.ZipFile, name: str, limit: int, where: str) -> 
         raise CorruptSourceError(f"{where}: record {name!r} is {found[0].file_size} bytes long")
     try:
         return archive.read(found[0])
-    except (zipfile.BadZipFile, OSError, EOFError, NotImplementedError) as error:
+    except _ZIP_FAULTS as error:
         raise CorruptSourceError(f"{where}: record {name!r} is damaged ({error})") from error
 
 

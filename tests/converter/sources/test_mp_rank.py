@@ -332,7 +332,7 @@ def test_shards_that_do_not_fit():
 def test_missing_rank(tmp_path):
     write_ranks(tmp_path, whole_model(2), 2, tp=2, pp=2)
     (tmp_path / "mp_rank_01_000" / FILE).unlink()
-    with pytest.raises(SourceError, match="mp_rank_01_000.*missing"):
+    with pytest.raises(SourceError, match=r"mp_rank_01_000.*missing"):
         read_mp_rank(tmp_path)
     (tmp_path / "mp_rank_01_000").rmdir()
     with pytest.raises(SourceError, match="tensor rank 1, pipeline rank 0"):

@@ -1,3 +1,4 @@
+import itertools
 import random
 
 import pytest
@@ -16,7 +17,7 @@ def cut(shape, starts):
         boxes = [
             ((*offset, a), (*extent, b - a))
             for offset, extent in boxes
-            for a, b in zip(edges, edges[1:], strict=False)
+            for a, b in itertools.pairwise(edges)
         ]
     return boxes
 

@@ -2,6 +2,7 @@ import itertools
 import random
 
 import pytest
+
 from fuseport.converter.errors import CorruptSourceError
 from fuseport.converter.sources.tiling import check_tiling
 

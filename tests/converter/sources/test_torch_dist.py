@@ -380,14 +380,14 @@ def test_wrong_storage_entries(sharded, fields, match):
 def test_truncated_shard(sharded):
     path = sharded[0] / "__1_0.distcp"
     os.truncate(path, path.stat().st_size - 1)
-    with pytest.raises(CorruptSourceError, match="__1_0.distcp.*'w'.*truncated"):
+    with pytest.raises(CorruptSourceError, match=r"__1_0\.distcp.*'w'.*truncated"):
         read_torch_dist(sharded[0])
 
 
 def test_zeroed_shard(sharded):
     path = sharded[0] / "__1_0.distcp"
     path.write_bytes(bytes(path.stat().st_size))
-    with pytest.raises(CorruptSourceError, match="__1_0.distcp.*no torch.save zip"):
+    with pytest.raises(CorruptSourceError, match=r"__1_0\.distcp.*no torch.save zip"):
         read_torch_dist(sharded[0])
 
 

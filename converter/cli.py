@@ -1,0 +1,166 @@
+"""The command line: `fuseport convert | inspect | verify | demo`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from . import show
+from .convert import convert_checkpoint, plan_checkpoint
+from .demo import write_demo_checkpoint
+from .errors import FuseportError, RecipeError
+from .recipe import Recipe
+from .verify import verify_checkpoint
+
+app = typer.Typer(
+    name="fuseport",
+    help="Turn Megatron checkpoints into checkpoints that serving engines load.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+errors = Console(stderr=True)
+
+# Exit codes: 1 for what the user can mend, 130 for an interruption (128 + SIGINT).
+FAILED, INTERRUPTED = 1, 130
+
+Source = Annotated[Path, typer.Argument(help="A torch_dist or mp_rank_* checkpoint's directory.")]
+Out = Annotated[Path, typer.Argument(help="The directory to create.")]
+SpecFile = Annotated[
+    Path | None, typer.Option("--spec", help="YAML file of model facts that replace the source's.")
+]
+Facts = Annotated[
+    list[str] | None,
+    typer.Option("--fact", metavar="NAME=VALUE", help="One model fact; may be repeated."),
+]
+
+
+@app.command()
+def convert(
+    source: Source,
+    out: Out,
+    target: Annotated[str, typer.Option(help="trtllm: TensorRT-LLM's unified format.")] = "trtllm",
+    tp: Annotated[int, typer.Option(help="Tensor parallel size of the target.")] = 1,
+    pp: Annotated[int, typer.Option(help="Pipeline parallel size of the target.")] = 1,
+    ep: Annotated[int, typer.Option(help="Ranks that share out the experts; divides tp.")] = 1,
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    vocab_size: Annotated[int | None, typer.Option(help="The tokenizer's, unpadded.")] = None,
+    parallel_embedding: Annotated[bool, typer.Option(help="Shard the embeddings.")] = False,
+    backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    spec: SpecFile = None,
+    fact: Facts = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> None:
+    """Convert a Megatron checkpoint. OUT appears whole or not at all."""
+    facts = _facts(spec, fact) | ({"vocab_size": vocab_size} if vocab_size else {})
+    recipe = Recipe(
+        target=target,
+        tp_size=tp,
+        pp_size=pp,
+        moe_ep_size=ep,
+        dtype=dtype,
+        use_parallel_embedding=parallel_embedding,
+    )
+    plan = plan_checkpoint(source, recipe, facts)
+    console.print(show.plan_table(plan))
+    if dry_run:
+        return
+    with show.progress(console, "converting", plan.nbytes) as advance:
+        report = convert_checkpoint(
+            plan, out, backend=backend, device=device, overwrite=overwrite, progress=advance
+        )
+    console.print(show.report_text(report))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A source checkpoint, or a converted one.")],
+    spec: SpecFile = None,
+    fact: Facts = None,
+) -> None:
+    """Show the facts, tensors and sizes of a source or of a result."""
+    for part in show.inspection(path, _facts(spec, fact)):
+        console.print(part)
+
+
+@app.command()
+def verify(
+    out: Annotated[Path, typer.Argument(help="A converted checkpoint.")],
+    source: Annotated[
+        Path | None, typer.Option(help="Derive every tensor again and compare bit for bit.")
+    ] = None,
+) -> None:
+    """Check digests and structure, and with --source every bit."""
+    with show.progress(console, "verifying", show.verify_bytes(out, source)) as advance:
+        result = verify_checkpoint(out, source, progress=advance)
+    console.print(show.verification_text(out, result))
+
+
+@app.command()
+def demo(
+    directory: Annotated[Path, typer.Argument(help="Where to put it.")] = Path("out/demo"),
+    tp: Annotated[int, typer.Option(help="Tensor parallel size of the target.")] = 2,
+) -> None:
+    """Write a small Megatron checkpoint, convert it, verify it, and show what happened."""
+    source, out = directory / "megatron", directory / "trtllm"
+    console.rule("a small Llama, as Megatron-Core saves it (torch_dist)")
+    write_demo_checkpoint(source)
+    inspect(source)
+    console.rule(f"fuseport convert {source} {out} --tp {tp}")
+    convert(source, out, tp=tp, overwrite=True)
+    console.rule(f"fuseport inspect {out}")
+    inspect(out)
+    console.rule(f"fuseport verify {out} --source {source}")
+    verify(out, source)
+
+
+def _facts(file: Path | None, pairs: list[str] | None) -> dict[str, Any]:
+    """Facts of a YAML file, then those of the command line."""
+    facts: dict[str, Any] = {}
+    if file is not None:
+        facts |= _read_yaml(file)
+    for pair in pairs or []:
+        name, equals, value = pair.partition("=")
+        if not equals:
+            raise RecipeError(f"--fact {pair!r}: expected NAME=VALUE")
+        facts[name] = yaml.safe_load(value)
+    return facts
+
+
+def _read_yaml(file: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(file.read_text())
+    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"--spec {file} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise RecipeError(f"--spec {file}: expected lines of 'name: value'")
+    return values
+
+
+@contextmanager
+def _readable_errors() -> Iterator[None]:
+    """One paragraph and an exit code instead of a traceback."""
+    try:
+        yield
+    except FuseportError as error:
+        errors.print(f"[red]{type(error).__name__}[/]: ", end="")
+        errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(FAILED)
+    except KeyboardInterrupt:
+        errors.print("interrupted; nothing was kept")
+        sys.exit(INTERRUPTED)
+
+
+def main() -> None:
+    """Entry point of the `fuseport` command."""
+    with _readable_errors():
+        app(standalone_mode=True)

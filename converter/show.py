@@ -1,0 +1,147 @@
+"""Tables, bars and sentences for people."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.table import Table
+
+from .checkpoint import MANIFEST
+from .convert import CheckpointPlan, Report
+from .model import ModelSpec
+from .sources.source import Source, open_source
+from .verify import Verification, read_manifest
+
+
+def size(nbytes: float) -> str:
+    """Bytes for people: 17.1 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.1f} TB"
+
+
+@contextmanager
+def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar that counts bytes; yields the function that advances it."""
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task(label, total=total)
+        yield lambda nbytes: bar.advance(task, nbytes)
+
+
+def plan_table(plan: CheckpointPlan) -> Table:
+    """What will be written: a row a file."""
+    recipe = plan.recipe
+    title = (
+        f"{plan.source.kind} {size(plan.source.nbytes)} → {recipe.target} "
+        f"tp {recipe.tp_size} × pp {recipe.pp_size}, {recipe.dtype}, {size(plan.nbytes)}"
+    )
+    table = Table("file", "tensors", "size", title=title, title_justify="left")
+    for image in plan.images.values():
+        table.add_row(image.name, str(len(image.offsets)), size(image.nbytes))
+    return table
+
+
+def report_text(report: Report) -> str:
+    """One paragraph about a finished conversion."""
+    lines = [f"wrote {report.out}: {report.tensors} tensors, {size(report.nbytes)}"]
+    for what, counts in (("overflow", report.saturated), ("are NaN or Inf", report.nonfinite)):
+        if counts:
+            worst = max(counts, key=lambda name: counts[name])
+            lines.append(
+                f"[yellow]warning[/]: {sum(counts.values())} values in {len(counts)} tensors "
+                f"{what}, most in {worst} ({counts[worst]})"
+            )
+    return "\n".join(lines)
+
+
+def verification_text(out: Path, result: Verification) -> str:
+    """One paragraph about a passed verification."""
+    lines = [
+        f"[green]verified[/] {out}: {result.files} files, {result.tensors} tensors, "
+        f"{size(result.nbytes)}: digests and structure"
+    ]
+    if result.accounting is not None:
+        counts = result.accounting
+        lines.append("every tensor equals the source's, bit for bit, derived again in plain torch")
+        lines.append(
+            f"source elements: {counts.once:,} used once, {counts.repeated:,} repeated (KV heads, "
+            f"norms and embeddings on several ranks), {sum(counts.dropped.values()):,} dropped"
+        )
+        lines += [f"  dropped {n:,} of {name} (padding)" for name, n in counts.dropped.items()]
+    return "\n".join(lines)
+
+
+def verify_bytes(out: Path, source: Path | None) -> int:
+    """Bytes that a verification goes through."""
+    total = sum(entry["bytes"] for entry in read_manifest(out)["files"].values())
+    return int(total) * (1 if source is None else 2)
+
+
+def inspection(path: Path, facts: Mapping[str, Any]) -> Iterator[RenderableType]:
+    """Tables about a source or a result."""
+    if (path / MANIFEST).is_file():
+        yield from _result(path)
+        return
+    source = open_source(path)
+    yield _facts_table(ModelSpec.from_facts(source.facts, **facts))
+    yield _source_table(source)
+
+
+def _facts_table(spec: ModelSpec) -> Table:
+    table = Table("fact", "value", title="model", title_justify="left")
+    for field in dataclasses.fields(spec):
+        value = getattr(spec, field.name)
+        if value not in (None, (), 0, False):
+            table.add_row(field.name, str(value))
+    return table
+
+
+def _source_table(source: Source) -> Table:
+    title = f"{source.origin} ({source.kind}): {size(source.nbytes)}"
+    table = Table("tensor", "shape", "dtype", "size", title=title, title_justify="left")
+    for stored in sorted(source.stored.values(), key=lambda one: one.name):
+        shape = " × ".join(map(str, stored.shape))
+        dtype = str(stored.dtype).removeprefix("torch.")
+        table.add_row(stored.name, shape, dtype, size(stored.nbytes))
+    reasons: dict[str, int] = defaultdict(int)
+    for reason in source.ignored.values():
+        reasons[reason] += 1
+    table.caption = "; ".join(f"{count} keys ignored: {why}" for why, count in reasons.items())
+    return table
+
+
+def _result(path: Path) -> Iterator[RenderableType]:
+    manifest = read_manifest(path)
+    config = json.loads((path / "config.json").read_text())
+    settings = Table("config.json", "value", title=str(path), title_justify="left")
+    for name, value in config.items():
+        settings.add_row(name, json.dumps(value))
+    yield settings
+    files = Table("file", "tensors", "size")
+    for name, entry in manifest["files"].items():
+        files.add_row(name, str(len(manifest["tensors"].get(name, ()))), size(entry["bytes"]))
+    yield files

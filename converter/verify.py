@@ -1,0 +1,230 @@
+"""Is a converted checkpoint what it should be?
+
+Three questions, each stricter than the one before: are the bytes those that were written
+(digests), are they what the format asks for (structure), and, given the source, is every tensor
+bit for bit what pure torch makes of it, with every source element accounted for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+from fuseport.kernels.reference import fused_copy_ref
+from safetensors import safe_open
+
+from .checkpoint import MANIFEST, file_digest
+from .convert import BATCH, CheckpointPlan, compute, plan_checkpoint
+from .coverage import uses
+from .errors import VerificationError
+from .model import Block, ModelSpec
+from .plan import batches
+from .recipe import Recipe
+from .sources.source import open_source
+from .targets.trtllm_check import REQUIRED, expected_matrices
+
+Progress = Callable[[int], None]
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Accounting:
+    """Source elements by what became of them.
+
+    `dropped` names the tensors of which elements were left out on purpose, with how many.
+    """
+
+    once: int = 0
+    repeated: int = 0
+    dropped: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What was checked. `accounting` is None unless the source was given."""
+
+    files: int
+    tensors: int
+    nbytes: int
+    accounting: Accounting | None
+
+
+def verify_checkpoint(
+    out: Path, source: Path | None = None, *, progress: Progress = lambda nbytes: None
+) -> Verification:
+    """Verify a converted checkpoint.
+
+    Args:
+        out: the converted directory, with its manifest.
+        source: the checkpoint it was made from: every tensor is then derived again in plain torch
+            and compared.
+        progress: called with the number of bytes checked since the last call.
+
+    Raises:
+        VerificationError: names the first file or tensor that differs.
+        FuseportError: the source cannot be read, or does not fit the manifest.
+    """
+    manifest = read_manifest(out)
+    _check_files(out, manifest)
+    tensors = _check_digests(out, manifest, progress)
+    _check_structure(out, manifest)
+    accounting = None
+    if source is not None:
+        plan = _plan_again(source, manifest)
+        _compare(out, plan, progress)
+        accounting = account(plan)
+    nbytes = sum(entry["bytes"] for entry in manifest["files"].values())
+    return Verification(len(manifest["files"]), tensors, nbytes, accounting)
+
+
+def read_manifest(out: Path) -> dict[str, Any]:
+    """The manifest of a converted checkpoint.
+
+    Raises:
+        VerificationError: there is none, or it is not one of ours.
+    """
+    path = out / MANIFEST
+    try:
+        manifest = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise VerificationError(
+            f"{path} cannot be read ({error}); expected a directory that fuseport converted"
+        ) from error
+    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        raise VerificationError(f"{path} is not a manifest of format {FORMAT}")
+    return manifest
+
+
+def _check_files(out: Path, manifest: Mapping[str, Any]) -> None:
+    for name, entry in manifest["files"].items():
+        path = out / Path(name).name
+        if not path.is_file():
+            raise VerificationError(f"{path} is missing; convert again")
+        if path.stat().st_size != entry["bytes"]:
+            raise VerificationError(
+                f"{path} has {path.stat().st_size} bytes, expected {entry['bytes']}; convert again"
+            )
+        if file_digest(path) != entry["xxh3_128"]:
+            raise VerificationError(
+                f"{path} has other bytes than when it was written{_where(path, manifest)}; "
+                f"convert again"
+            )
+
+
+def _where(path: Path, manifest: Mapping[str, Any]) -> str:
+    """Which tensor of a damaged file differs, if its header can still be read."""
+    digests = manifest["tensors"].get(path.name, {})
+    try:
+        with safe_open(path, "pt") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                if digest(opened.get_tensor(name)) != digests.get(name):
+                    return f" (tensor {name})"
+    except Exception:
+        return " (its header is damaged)"
+    return ""
+
+
+def digest(tensor: torch.Tensor) -> str:
+    """xxh3_128 of a contiguous CPU tensor's bytes."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return xxhash.xxh3_128_hexdigest(memoryview(flat.numpy()))
+
+
+def _check_digests(out: Path, manifest: Mapping[str, Any], progress: Progress) -> int:
+    count = 0
+    for file, digests in manifest["tensors"].items():
+        with safe_open(out / file, "pt") as opened:
+            names = set(opened.keys())
+            if names != set(digests):
+                raise VerificationError(f"{out / file} does not hold the manifest's tensors")
+            for name in digests:
+                tensor = opened.get_tensor(name)
+                if digest(tensor) != digests[name]:
+                    raise VerificationError(f"{out / file}: tensor {name} was changed")
+                progress(tensor.nbytes)
+                count += 1
+    return count
+
+
+def _check_structure(out: Path, manifest: Mapping[str, Any]) -> None:
+    config = json.loads((out / "config.json").read_text())
+    missing = [name for name in REQUIRED if config.get(name) is None]
+    if missing:
+        raise VerificationError(f"{out / 'config.json'} lacks {', '.join(missing)}")
+    world = config["mapping"]["world_size"]
+    if len(manifest["tensors"]) != world:
+        raise VerificationError(f"{out} has {len(manifest['tensors'])} rank files for {world} ranks")
+    for rank in range(world):
+        with safe_open(out / f"rank{rank}.safetensors", "pt") as opened:
+            names = set(opened.keys())
+            for name, shape in expected_matrices(config, rank).items():
+                if name not in names:
+                    raise VerificationError(f"rank {rank} lacks {name} {list(shape)}")
+                found = tuple(opened.get_slice(name).get_shape())
+                if found != shape:
+                    raise VerificationError(
+                        f"rank {rank}: {name} is {list(found)}, config.json calls for {list(shape)}"
+                    )
+
+
+def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
+    facts = dict(manifest["spec"])
+    facts["blocks"] = tuple(Block(**block) for block in facts["blocks"])
+    facts["moe_layers"] = tuple(facts["moe_layers"])
+    spec = ModelSpec(**facts)
+    return plan_checkpoint(open_source(source), Recipe(**manifest["recipe"]), spec)
+
+
+def _compare(out: Path, plan: CheckpointPlan, progress: Progress) -> None:
+    """Derive every tensor in plain torch and compare bits."""
+    device = torch.device("cpu")
+    for batch in batches(plan.tensors, BATCH):
+        results, _ = compute(batch, plan.stored, fused_copy_ref, device)
+        for planned, expected in zip(batch, results, strict=True):
+            with safe_open(out / f"rank{planned.rank}.safetensors", "pt") as opened:
+                found = opened.get_tensor(planned.name)
+            _same(f"rank {planned.rank}: {planned.name}", found, expected)
+            progress(planned.nbytes)
+
+
+def _same(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
+    if found.dtype != expected.dtype or found.shape != expected.shape:
+        raise VerificationError(
+            f"{name} is {found.dtype} {list(found.shape)}, the source makes it "
+            f"{expected.dtype} {list(expected.shape)}"
+        )
+    bits = torch.ne(found.view(torch.uint8), expected.view(torch.uint8))
+    if bits.any():
+        size = expected.element_size()
+        first = int(bits.flatten().nonzero()[0]) // size
+        index = [int(i) for i in torch.unravel_index(torch.tensor(first), expected.shape)]
+        raise VerificationError(
+            f"{name}{index} is {found.flatten()[first].item()}, the source makes it "
+            f"{expected.flatten()[first].item()}; convert again"
+        )
+
+
+def account(plan: CheckpointPlan) -> Accounting:
+    """Every source element is used once, repeated, or dropped for a reason that is known.
+
+    Raises:
+        VerificationError: elements of a tensor are used nowhere, without a reason.
+    """
+    sizes = {key: stored.numel for key, stored in plan.stored.items()}
+    padding = plan.padding_rows()
+    once = repeated = 0
+    dropped: dict[str, int] = {}
+    for key, counts in uses(plan.tensors, sizes).items():
+        name = plan.stored[key].name
+        unused = counts.pop(0, 0)
+        if unused > padding.get(name, 0):
+            raise VerificationError(f"{unused} elements of {name} are used by no target tensor")
+        dropped |= {name: unused} if unused else {}
+        once += counts.pop(1, 0)
+        repeated += sum(counts.values())
+    return Accounting(once, repeated, dropped)
