@@ -11,8 +11,10 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Sequence
+from functools import partial
 
 import torch
+
 from fuseport.converter import ModelSpec, Recipe
 from fuseport.converter.sources.megatron import read_model
 from fuseport.converter.state import plan_memory, shard_spec
@@ -102,7 +104,7 @@ def report(name: str, moves: Sequence[Move], copy: float) -> None:
     torch.cuda.synchronize()
     planning = (time.perf_counter() - began) * 1e3
     for counting in (False, True):
-        ms = milliseconds(lambda: batch.run(count=counting))
+        ms = milliseconds(partial(batch.run, count=counting))
         share = nbytes(moves) / ms / copy
         label = name + (" + counters" if counting else "")
         print(

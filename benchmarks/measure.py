@@ -21,7 +21,7 @@ def milliseconds(run: Callable[[], object], repeats: int = 20, warmup: int = 3) 
         stop.record()
         stop.synchronize()
         times.append(start.elapsed_time(stop))
-    return statistics.median(times)
+    return float(statistics.median(times))
 
 
 def copy_bandwidth(nbytes: int = 4 << 30) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
+
 from fuseport.kernels.move import Move
 from fuseport.kernels.reference import fused_copy_ref
 

@@ -90,7 +90,7 @@ class Writer:
     def write(self, rank: int, name: str, tensor: torch.Tensor) -> None:
         """Put a finished tensor (contiguous, on the CPU) into its place."""
         image = self.images[rank]
-        data = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        data = raw_bytes(tensor)
         _write_all(self._files[rank], data, image.offsets[name])
         self.digests[image.name][name] = xxhash.xxh3_128_hexdigest(data)
 
@@ -104,6 +104,12 @@ class Writer:
         for handle in self._files.values():
             os.close(handle)
         self._files.clear()
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """A CPU tensor's bytes, in row-major order; not copied if it is contiguous."""
+    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
+    return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
 def _write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
@@ -151,7 +157,9 @@ def publish(out: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
         yield partial
         _replace(partial, out)
     except OSError as error:
-        raise OutputError(f"cannot write {out}: {error.strerror or error}; nothing was kept") from error
+        raise OutputError(
+            f"cannot write {out}: {error.strerror or error}; nothing was kept"
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

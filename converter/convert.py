@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
 from fuseport.kernels.move import Move
 
 from .backend import Run, choose, default_device, run_all
@@ -150,7 +151,11 @@ def convert_checkpoint(
     """
     where = default_device(device)
     run = choose(backend, where)
-    plan = source if isinstance(source, CheckpointPlan) else plan_checkpoint(source, recipe or Recipe(), facts)
+    plan = (
+        source
+        if isinstance(source, CheckpointPlan)
+        else plan_checkpoint(source, recipe or Recipe(), facts)
+    )
     with publish(out, overwrite=overwrite, needed=plan.nbytes) as partial:
         writer = Writer(partial, plan.images)
         try:

@@ -24,7 +24,8 @@ def runs(view: torch.Tensor) -> tuple[np.ndarray, int]:
     Repeats (stride 0) appear as many times as they are repeated.
     """
     dims = sorted(zip(view.stride(), view.shape, strict=True))
-    length, rest = 1, []
+    length = 1
+    rest: list[tuple[int, int]] = []
     for stride, size in dims:
         if size == 1:
             continue

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 
 import torch
-from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.state_dict_saver import save
 
 # Megatron-LM's names of the facts.
 ARGS = {
@@ -42,7 +42,7 @@ def write_demo_checkpoint(directory: Path) -> None:
     with warnings.catch_warnings():
         # torch says that it saves without a process group, which is what is wanted.
         warnings.simplefilter("ignore")
-        dcp.save(_weights(), checkpoint_id=iteration, no_dist=True)
+        save(_weights(), checkpoint_id=iteration, no_dist=True)
     torch.save({"args": argparse.Namespace(**ARGS), "iteration": 1}, iteration / "common.pt")
     (iteration / "metadata.json").write_text(
         '{"sharded_backend": "torch_dist", "sharded_backend_version": 1}'

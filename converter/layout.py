@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Union
 
 import torch
 
@@ -37,11 +36,11 @@ class Stack:
     parts: tuple[Layout, ...]
 
 
-Layout = Union[torch.Tensor, Flat, Cat, Stack]
+Layout = torch.Tensor | Flat | Cat | Stack
 
 
 def cat(*parts: Layout | None) -> Layout:
-    """Concatenate along dimension 0; absent (None) parts are left out, empty ones too if any is not."""
+    """Concatenate along dimension 0; absent parts are left out, and empty ones beside others."""
     present = [part for part in parts if part is not None]
     filled = [part for part in present if shape_of(part)[0] > 0] or present[:1]
     return filled[0] if len(filled) == 1 else Cat(tuple(filled))

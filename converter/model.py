@@ -137,7 +137,7 @@ class ModelSpec:
         values |= {"blocks": _blocks(merged)}
         if "model_type" not in values:
             values["model_type"] = infer_model_type(values)
-        return cls(**_typed(values))
+        return cls(**_typed(values))  # type: ignore[arg-type]
 
     def replace(self, **changes: object) -> ModelSpec:
         """A copy with some facts changed."""
@@ -238,7 +238,7 @@ def _typed(values: Mapping[str, object]) -> dict[str, object]:
     defaults = {field.name: field for field in dataclasses.fields(ModelSpec)}
     casts = {"int": int, "int | None": int, "float": float, "bool": bool, "str": str}
     return {
-        name: casts.get(str(defaults[name].type), lambda same: same)(value)  # type: ignore[operator]
+        name: casts.get(str(defaults[name].type), lambda same: same)(value)
         for name, value in values.items()
         if value is not None
     }

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+
 from fuseport.kernels.move import Move
 
 from .layout import Shape, pairs, shape_of
@@ -51,13 +52,14 @@ def on_meta(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """The same for all views of one tensor, real or meta."""
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def extent(view: torch.Tensor) -> tuple[int, int]:
     """[first, last + 1) element of its storage that a non-empty view touches."""
     span = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride(), strict=True))
-    return view.storage_offset(), view.storage_offset() + span + 1
+    first = int(view.storage_offset())
+    return first, first + int(span) + 1
 
 
 @dataclass(frozen=True)

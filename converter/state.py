@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 
 import torch
+
 from fuseport.kernels.move import GivenScale
 
 from .backend import choose

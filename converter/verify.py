@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 import xxhash
-from fuseport.kernels.reference import fused_copy_ref
 from safetensors import safe_open
 
-from .checkpoint import MANIFEST, file_digest
+from fuseport.kernels.reference import fused_copy_ref
+
+from .checkpoint import MANIFEST, file_digest, raw_bytes
 from .convert import BATCH, CheckpointPlan, compute, plan_checkpoint
 from .coverage import uses
 from .errors import VerificationError
@@ -131,8 +132,7 @@ def _where(path: Path, manifest: Mapping[str, Any]) -> str:
 
 def digest(tensor: torch.Tensor) -> str:
     """xxh3_128 of a contiguous CPU tensor's bytes."""
-    flat = tensor.contiguous().reshape(-1).view(torch.uint8)
-    return xxhash.xxh3_128_hexdigest(memoryview(flat.numpy()))
+    return xxhash.xxh3_128_hexdigest(raw_bytes(tensor))
 
 
 def _check_digests(out: Path, manifest: Mapping[str, Any], progress: Progress) -> int:
@@ -158,7 +158,9 @@ def _check_structure(out: Path, manifest: Mapping[str, Any]) -> None:
         raise VerificationError(f"{out / 'config.json'} lacks {', '.join(missing)}")
     world = config["mapping"]["world_size"]
     if len(manifest["tensors"]) != world:
-        raise VerificationError(f"{out} has {len(manifest['tensors'])} rank files for {world} ranks")
+        raise VerificationError(
+            f"{out} has {len(manifest['tensors'])} rank files for {world} ranks"
+        )
     for rank in range(world):
         with safe_open(out / f"rank{rank}.safetensors", "pt") as opened:
             names = set(opened.keys())

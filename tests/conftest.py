@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+import torch
+
+# Without a GPU the kernels run in Triton's interpreter; it must be chosen before they are imported.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 # The folder holds one uniquely named package. The repository's root stays off the path: its
 # `kernels` folder must not become importable under that name.

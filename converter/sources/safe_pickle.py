@@ -28,6 +28,10 @@ _INERT_PATHS = frozenset(
         "MetadataIndex", "TensorProperties", "StorageMeta", "_MEM_FORMAT_ENCODING",
     )]
     + [f"{_DCP}.filesystem.{name}" for name in ("_StorageInfo", "_StoragePrefix")]
+    # Megatron keeps the save plans of all ranks in its metadata, for the next save.
+    + [f"{_DCP}.planner.{name}" for name in (
+        "SavePlan", "WriteItem", "WriteItemType", "TensorWriteData", "BytesIOWriteData",
+    )]
     # Written by the Hugging Face writer of torch; named so that the reader can say so.
     + [f"{_DCP}.{module}._HFStorageInfo" for module in ("_hf_utils", "hf_storage")]
     # The home of tensor properties before torch 2.3.

@@ -59,7 +59,9 @@ def open_source(path: Path) -> Source:
 
 def _legacy(path: Path) -> Path | None:
     """The first rank directory, here or one level down."""
-    return next((found for pattern in ("mp_rank_*", "*/mp_rank_*") for found in path.glob(pattern)), None)
+    return next(
+        (found for pattern in ("mp_rank_*", "*/mp_rank_*") for found in path.glob(pattern)), None
+    )
 
 
 def make_source(

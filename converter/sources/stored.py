@@ -172,10 +172,15 @@ class _Box:
         return count - 1 if count and self.position(row + count - 1) + self.run > stop else count
 
     def _copy_block(self, row: int, count: int, start: int, out: torch.Tensor) -> None:
-        block = _elements(self, row * self.run, (row + count) * self.run)
-        offset = out.storage_offset() + self.position(row) - start
-        target = out.as_strided((count, self.run), (self.strides[-1], 1), offset)
-        target.copy_(block.view(count, self.run))
+        size = self.dtype.itemsize
+        block = _bytes(_elements(self, row * self.run, (row + count) * self.run))
+        target = np.lib.stride_tricks.as_strided(
+            _bytes(out[self.position(row) - start :]),
+            (count, self.run * size),
+            (self.strides[-1] * size, 1),
+        )
+        # torch would start its threads for each block, and the callers are threads already.
+        np.copyto(target, block.reshape(target.shape))
 
     def _copy_row(self, row: int, start: int, stop: int, out: torch.Tensor) -> None:
         at = self.position(row)
@@ -193,22 +198,29 @@ def _elements(box: _Box, low: int, high: int) -> torch.Tensor:
     return out
 
 
+def _bytes(flat: torch.Tensor) -> npt.NDArray[np.uint8]:
+    """A contiguous 1-D CPU tensor's memory: numpy has no bf16 and no fp8, but it needs none."""
+    array: npt.NDArray[np.uint8] = flat.view(torch.uint8).numpy()
+    return array
+
+
 def _flat_part(data: torch.Tensor, low: int, high: int) -> torch.Tensor:
+    data = data.detach()
     if data.is_contiguous():
-        return data.view(-1)[low:high]
+        return data.view(-1)[low:high].cpu()
     # Flattening copies here, so only the slices of the first axis that are needed are flattened.
     inner = data.numel() // data.shape[0]
     first = low // inner
-    return data[first : -(-high // inner)].reshape(-1)[low - first * inner : high - first * inner]
+    flat = data[first : -(-high // inner)].contiguous().view(-1)
+    return flat[low - first * inner : high - first * inner].cpu()
 
 
 def _read(box: _Box, low: int, high: int, out: torch.Tensor) -> None:
     if isinstance(box.data, torch.Tensor):
-        out.copy_(_flat_part(box.data, low, high))
+        np.copyto(_bytes(out), _bytes(_flat_part(box.data, low, high)))
         return
     path, offset = box.data.path, box.data.offset + low * box.dtype.itemsize
-    # numpy has no bf16 and no fp8, but it needs none: these are bytes.
-    left = out.view(torch.uint8).numpy().data
+    left = _bytes(out).data
     try:
         file = _open(path)
         while left:

@@ -17,6 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+
 from fuseport.kernels.move import GivenScale
 
 from ..errors import RecipeError, ShapeError
@@ -141,7 +142,9 @@ class TrtllmRules:
         model, share = self.model, self.recipe.use_parallel_embedding
         place = shard if share else Shard(0, 1)
         if model.embedding is not None:
-            yield Part("transformer.vocab_embedding.weight", self._vocabulary(model.embedding, place))
+            yield Part(
+                "transformer.vocab_embedding.weight", self._vocabulary(model.embedding, place)
+            )
         if model.positions is not None:
             if model.positions.shape[0] % place.size:
                 raise RecipeError(
@@ -224,7 +227,7 @@ def half(name: str, weights: Half, shard: Shard) -> Iterator[Part]:
 
 def mlp(name: str, weights: Mlp, shard: Shard) -> Iterator[Part]:
     """`fc` is the half that is activated (the only one if not gated), `gate` the other."""
-    for part, weight in zip(("fc", "gate"), weights.halves):
+    for part, weight in zip(("fc", "gate"), weights.halves, strict=False):
         yield from half(f"{name}.{part}", weight, shard)
     yield Part(f"{name}.proj.weight", shard.columns(weights.down))
     if weights.down_bias is not None:
@@ -232,7 +235,7 @@ def mlp(name: str, weights: Mlp, shard: Shard) -> Iterator[Part]:
 
 
 def moe(name: str, weights: Moe, shard: Shard, recipe: Recipe) -> Iterator[Part]:
-    """fc [E, 2F, H] = [up; gate] of each expert, proj [E, H, F]; the router stays fp32."""
+    """Fc [E, 2F, H] = [up; gate] of each expert, proj [E, H, F]; the router stays fp32."""
     yield Part(f"{name}.router.weight", weights.router, dtype=torch.float32)
     if weights.router_bias is not None:
         bias = f"{name}.e_score_correction_bias"

@@ -157,7 +157,10 @@ def _blocks(spec: ModelSpec) -> dict[str, object]:
     return {
         "layer_configs": [
             {
-                "attention": {"num_key_value_heads": block.num_query_groups, **kinds[block.attention]},
+                "attention": {
+                    "num_key_value_heads": block.num_query_groups,
+                    **kinds[block.attention],
+                },
                 "ffn": {"intermediate_size": block.ffn_hidden_size, **kinds[block.mlp]},
             }
             for block in spec.blocks

@@ -21,6 +21,12 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 
 from fuseport.converter.errors import CorruptSourceError, SourceError, UnsafeSourceError
 from fuseport.converter.sources.torch_dist import read_torch_dist
@@ -151,6 +157,15 @@ def test_chunks_are_put_together(sharded):
     out = torch.empty(33)
     stored.read_flat(7, 40, out)
     assert out.equal(whole.reshape(-1)[7:40])
+
+
+def test_plans_that_megatron_keeps_in_the_metadata_are_skipped(sharded):
+    folder, whole = sharded
+    index = MetadataIndex("w", (0, 0))
+    data = TensorWriteData(ChunkStorageMetadata(torch.Size([0]), torch.Size([1])), None, None)
+    items = [WriteItem(index, WriteItemType.SHARD, None, data)]
+    edit(folder, lambda m: setattr(m, "all_local_plans", [SavePlan(items)]))
+    assert load(read_torch_dist(folder).tensors["w"]).equal(whole)
 
 
 def test_zip64_is_read(sharded):

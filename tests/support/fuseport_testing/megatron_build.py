@@ -20,6 +20,8 @@ import torch
 
 from .cases import Case
 
+__all__ = ["build", "megatron_on_cpu", "parallel_state"]
+
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
@@ -54,7 +56,7 @@ class ThreadContext:
         """Any start method gives threads."""
         return self
 
-    def Manager(self) -> ThreadContext:  # noqa: N802, the name that is replaced
+    def Manager(self) -> ThreadContext:
         """A manager's queue is a plain queue."""
         return self
 
@@ -232,9 +234,7 @@ def _shard_axis(name: str) -> int | None:
     return 1 if re.search(r"linear_(proj|fc2)\.weight", name) else None
 
 
-def _shard(
-    whole: torch.Tensor, axis: int | None, halves: int, tp: int, rank: int
-) -> torch.Tensor:
+def _shard(whole: torch.Tensor, axis: int | None, halves: int, tp: int, rank: int) -> torch.Tensor:
     if axis is None:
         return whole
     pieces = [half.chunk(tp, axis)[rank] for half in whole.chunk(halves, axis)]

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing.spawn import spawn
 
 from .cases import BY_NAME, CASES, ITERATION, Case, megatron_args, some_tokens
 from .megatron_build import build, megatron_on_cpu, parallel_state
@@ -58,6 +59,17 @@ class Run:
         """The checkpoint of the one saved iteration."""
         return self.checkpoint(layout) / f"iter_{ITERATION:07d}"
 
+    def common(self, layout: str) -> dict[str, Any]:
+        """What a torch_dist checkpoint holds beside tensors, wherever this version keeps it.
+
+        A `common.pt` up to Megatron-Core 0.16; in 0.19 a byte entry, `common_state/shard_0_1`.
+        """
+        from megatron.core import dist_checkpointing
+
+        with megatron_on_cpu():
+            common = dist_checkpointing.load_common_state_dict(str(self.iteration_dir(layout)))
+        return cast(dict[str, Any], common)
+
     @property
     def args(self) -> Namespace:
         """The training arguments that the checkpoints carry."""
@@ -93,9 +105,7 @@ def run_workers(
 
 def _spawn(run: Run, tokens: torch.Tensor) -> None:
     """Starts the ranks, and raises what a rank raised. None outlives the timeout."""
-    workers = torch.multiprocessing.spawn(  # type: ignore[no-untyped-call]
-        _work, (run, tokens), nprocs=run.tp * run.pp, join=False
-    )
+    workers = spawn(_work, (run, tokens), nprocs=run.tp * run.pp, join=False)
     deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
         while not workers.join(timeout=max(0.1, deadline - time.monotonic())):
@@ -127,12 +137,8 @@ def _work(rank: int, run: Run, tokens: torch.Tensor) -> None:
 @contextmanager
 def _groups(rank: int, run: Run) -> Iterator[None]:
     """Process groups of this run, taken down at its end whatever happens."""
-    store = run.out_dir / "rendezvous"
-    if rank == 0 and run.tp * run.pp == 1:
-        store.unlink(missing_ok=True)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=run.tp * run.pp
-    )
+    store, world = run.out_dir / "rendezvous", run.tp * run.pp
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     try:
         parallel_state.initialize_model_parallel(run.tp, run.pp)
         yield
@@ -160,7 +166,7 @@ def _save(layout: str, model: Any, run: Run) -> None:
     if layout == "legacy":
         _save_legacy(directory, model, run)
     else:
-        _save_torch_dist(directory, model, run, dict(METADATA[layout]))
+        _save_torch_dist(directory, model, run, METADATA[layout])
     tracker = run.checkpoint(layout) / "latest_checkpointed_iteration.txt"
     tracker.write_text(str(ITERATION))
 
@@ -169,11 +175,12 @@ def _common(run: Run) -> dict[str, object]:
     return {"args": run.args, "checkpoint_version": 3.0, "iteration": ITERATION}
 
 
-def _save_torch_dist(directory: Path, model: Any, run: Run, metadata: dict[str, Any]) -> None:
+def _save_torch_dist(directory: Path, model: Any, run: Run, metadata: dict[str, bool]) -> None:
     from megatron.core import dist_checkpointing
 
-    sharded = model.sharded_state_dict(metadata=metadata)
-    state = {**_common(run), "model": sharded, "content_metadata": METADATA}
+    # A copy, because Megatron puts process groups into it.
+    sharded = model.sharded_state_dict(metadata=dict(metadata))
+    state = {**_common(run), "model": sharded, "content_metadata": metadata}
     dist_checkpointing.save(state, str(directory), ("torch_dist", 1))
 
 
