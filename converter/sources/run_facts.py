@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,8 @@ def read_facts(root: Path) -> dict[str, object]:
     """
     common = root / "common.pt"
     if common.is_file():
-        args = namespace(read_saved_object(common), "args")
+        with common.open("rb") as file:
+            args = namespace(read_saved_object(file, str(common)), "args")
         if args:
             return args
     for folder in (root, root.parent):
@@ -49,9 +51,15 @@ def read_facts(root: Path) -> dict[str, object]:
 
 
 def namespace(saved: object, key: str) -> dict[str, object]:
-    """The attributes of the `argparse.Namespace` (or the dict) at `saved[key]`; else empty."""
+    """The attributes of the `argparse.Namespace` (or the dict) at `saved[key]`; else empty.
+
+    A process that has imported Megatron-Core gets a real Namespace, since Megatron allows torch
+    to build it; elsewhere it is inert.
+    """
     value = saved.get(key) if isinstance(saved, dict) else None
     found = value.fields if isinstance(value, Inert) else value
+    if isinstance(found, argparse.Namespace):
+        found = vars(found)
     return {str(name): item for name, item in found.items()} if isinstance(found, dict) else {}
 
 

@@ -22,11 +22,11 @@ import torch
 
 from ..errors import CorruptSourceError, SourceError, UnsafeSourceError
 from .checkpoint_dir import check_torch_dist, iteration_dir, refuse_format
-from .run_facts import read_facts
+from .run_facts import namespace, read_facts
 from .safe_pickle import MAX_PICKLE_BYTES, Inert, load_pickle
 from .stored import FileRange, Piece, Shape, Stored
 from .tiling import check_tiling
-from .torch_zip import Window, find_payload
+from .torch_zip import Window, find_payload, read_saved_object
 
 READABLE_DTYPES = frozenset({
     torch.float32, torch.float16, torch.bfloat16,
@@ -87,6 +87,7 @@ def read_torch_dist(path: Path) -> TorchDist:
     if not isinstance(entries, dict):
         raise CorruptSourceError(f"{root}/.metadata: no table of tensors")
     places = _places(metadata, root)
+    facts = facts or _common_state(metadata, root)
     ignored = {key: reason for key, entry in entries.items() if (reason := _ignored(key, entry))}
     kept = {key: entry for key, entry in entries.items() if key not in ignored}
     return TorchDist(_tensors(root, kept, places), ignored, facts, root)
@@ -132,6 +133,21 @@ def _places(metadata: object, root: Path) -> dict[tuple[str, Shape], object]:
     return places
 
 
+def _common_state(metadata: object, root: Path) -> dict[str, object]:
+    """The run's arguments where Megatron-Core 0.19 and later keeps them: in a byte entry."""
+    for index, place in _fields(metadata, "Metadata")["storage_data"].items():
+        if str(_fields(index, "MetadataIndex").get("fqn")).partition("/")[0] != "common_state":
+            continue
+        file, start, length = _range("common_state", place)
+        with _inside(root, file, "common_state").open("rb") as shard:
+            _check_range(shard.fileno(), start, length, f"{file}: common_state")
+            window = Window(shard.fileno(), start, length)
+            saved = read_saved_object(window, f"{file}: common_state")
+        # A list with the state of each rank that saved.
+        return namespace(saved[0] if isinstance(saved, list) and saved else saved, "args")
+    return {}
+
+
 def _sizes(value: object) -> Shape:
     if isinstance(value, tuple | list) and all(type(size) is int for size in value):
         return tuple(value)
@@ -175,13 +191,18 @@ def _chunk(
         raise SourceError(f"tensor {key!r}: written as Hugging Face safetensors; read it as such")
     if place is None:
         raise CorruptSourceError(f"tensor {key!r}: no storage entry for its chunk at {box[0]}")
+    return _Chunk(key, dtype, *box, *_range(key, place))
+
+
+def _range(key: str, place: object) -> tuple[str, int, int]:
+    """File, first byte and length of a storage entry."""
     info = _fields(place, "_StorageInfo")
     if info.get("transform_descriptors"):
         raise SourceError(f"tensor {key!r}: stored through {info['transform_descriptors']!r}")
     file, start, length = (info.get(name) for name in ("relative_path", "offset", "length"))
     if type(file) is not str or type(start) is not int or type(length) is not int:
         raise CorruptSourceError(f"tensor {key!r}: its storage entry is {info!r}")
-    return _Chunk(key, dtype, *box, file, start, length)
+    return file, start, length
 
 
 def _locate(root: Path, chunks: Iterable[_Chunk]) -> dict[str, list[Piece]]:
@@ -191,7 +212,7 @@ def _locate(root: Path, chunks: Iterable[_Chunk]) -> dict[str, list[Piece]]:
         by_file[chunk.file].append(chunk)
     pieces: dict[str, list[Piece]] = defaultdict(list)
     for name, group in by_file.items():
-        path = _inside(root, name, group[0])
+        path = _inside(root, name, group[0].key)
         fd = os.open(path, os.O_RDONLY)
         try:
             for chunk in sorted(group, key=lambda chunk: chunk.start):
@@ -201,29 +222,25 @@ def _locate(root: Path, chunks: Iterable[_Chunk]) -> dict[str, list[Piece]]:
     return pieces
 
 
-def _inside(root: Path, name: str, chunk: _Chunk) -> Path:
+def _inside(root: Path, name: str, key: str) -> Path:
     """The real path of a shard file; it must be a regular file below the real `root`."""
     pure, base = PurePath(name), Path(os.path.realpath(root))
     path = Path(os.path.realpath(base / name)) if "\0" not in name else Path("/")
     if pure.is_absolute() or ".." in pure.parts or not path.is_relative_to(base):
         raise UnsafeSourceError(
-            f"{root}: tensor {chunk.key!r} points to {name!r}, outside the checkpoint's directory"
+            f"{root}: tensor {key!r} points to {name!r}, outside the checkpoint's directory"
         )
     if pure.suffix == ".safetensors":
         raise SourceError(f"{root}: {name!r} is a safetensors file; save again with torch_save")
     if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
         raise CorruptSourceError(
-            f"{path}: missing, and tensor {chunk.key!r} lies in it; copy the checkpoint completely"
+            f"{path}: missing, and {key!r} lies in it; copy the checkpoint completely"
         )
     return path
 
 
 def _piece(chunk: _Chunk, path: Path, fd: int) -> Piece:
-    size = os.fstat(fd).st_size
-    if chunk.start < 0 or chunk.length < 1 or chunk.start + chunk.length > size:
-        raise CorruptSourceError(
-            f"{chunk.where}: bytes {chunk.start}+{chunk.length} of a file of {size}: truncated?"
-        )
+    _check_range(fd, chunk.start, chunk.length, chunk.where)
     found = find_payload(Window(fd, chunk.start, chunk.length), chunk.where)
     nbytes, tensor = math.prod(chunk.shape) * chunk.dtype.itemsize, found.tensor
     if found.size != nbytes or tensor.storage_bytes != nbytes:
@@ -236,6 +253,12 @@ def _piece(chunk: _Chunk, path: Path, fd: int) -> Piece:
     if not tensor.plain:
         raise SourceError(f"{chunk.where}: saved with strides {tensor.stride}, not contiguous")
     return Piece(chunk.offset, chunk.shape, FileRange(path, chunk.start + found.offset))
+
+
+def _check_range(fd: int, start: int, length: int, where: str) -> None:
+    size = os.fstat(fd).st_size
+    if start < 0 or length < 1 or start + length > size:
+        raise CorruptSourceError(f"{where}: bytes {start}+{length} of a file of {size}: truncated?")
 
 
 def _squeezed(shape: Shape) -> Shape:

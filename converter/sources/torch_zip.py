@@ -107,11 +107,10 @@ def find_payload(window: Window, where: str) -> Payload:
         return Payload(tensor, start, payload.file_size)
 
 
-def read_saved_object(path: os.PathLike[str]) -> object:
+def read_saved_object(file: Window | IO[bytes], where: str) -> object:
     """The pickled object of a `torch.save` file as plain data; its tensors are not read."""
-    where = os.fspath(path)
     try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        with zipfile.ZipFile(cast("IO[bytes]", file)) as archive:
             return load_pickle(read_record(archive, "data.pkl", MAX_PICKLE_BYTES, where), where)
     except _ZIP_FAULTS as error:
         raise CorruptSourceError(f"{where}: not a readable torch.save file ({error})") from error

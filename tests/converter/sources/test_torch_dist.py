@@ -8,7 +8,6 @@ import shutil
 import signal
 import warnings
 import zipfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -47,10 +46,6 @@ def save(state, folder):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.save(state, checkpoint_id=str(folder), no_dist=True)
-
-
-def metadata_of(folder):
-    return pickle.loads((folder / ".metadata").read_bytes())
 
 
 def write_metadata(folder, metadata):
@@ -95,7 +90,7 @@ def load(stored):
 
 
 def edit(folder, change):
-    metadata = metadata_of(folder)
+    metadata = pickle.loads((folder / ".metadata").read_bytes())
     change(metadata)
     write_metadata(folder, metadata)
 
@@ -413,7 +408,7 @@ def test_missing_storage_entry(sharded):
 
 
 def test_two_storage_entries(sharded):
-    metadata = metadata_of(sharded[0])
+    metadata = pickle.loads((sharded[0] / ".metadata").read_bytes())
     info = next(iter(metadata.storage_data.values()))
     metadata.storage_data = {MetadataIndex("w", (0, 0)): info, MetadataIndex("w", (1, 1)): info}
     # No dict holds two equal keys; their pickle can.
@@ -502,4 +497,3 @@ def test_thousands_of_chunks_are_quick(tmp_path):
     whole = torch.arange(3000.0).view(3000, 1)
     save_chunks(tmp_path, {"w": (whole, [((r, 0), (1, 1)) for r in range(3000)])})
     assert load(read_torch_dist(tmp_path).tensors["w"]).equal(whole)
-    assert isinstance(read_torch_dist(tmp_path).tensors["w"].pieces[0].data.path, Path)
