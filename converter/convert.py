@@ -88,7 +88,8 @@ def plan_checkpoint(
     Raises:
         FuseportError: the source, the facts and the recipe do not go together.
     """
-    opened = source if isinstance(source, Source) else open_source(source)
+    given = dataclasses.asdict(facts) if isinstance(facts, ModelSpec) else facts
+    opened = source if isinstance(source, Source) else open_source(source, given)
     if isinstance(facts, ModelSpec):
         spec = facts
     else:

@@ -26,7 +26,6 @@ from .errors import VerificationError
 from .model import Block, ModelSpec
 from .plan import batches
 from .recipe import Recipe
-from .sources.source import open_source
 from .targets.trtllm_check import REQUIRED, expected_matrices
 
 Progress = Callable[[int], None]
@@ -179,7 +178,7 @@ def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
     facts["blocks"] = tuple(Block(**block) for block in facts["blocks"])
     facts["moe_layers"] = tuple(facts["moe_layers"])
     spec = ModelSpec(**facts)
-    return plan_checkpoint(open_source(source), Recipe(**manifest["recipe"]), spec)
+    return plan_checkpoint(source, Recipe(**manifest["recipe"]), spec)
 
 
 def _compare(out: Path, plan: CheckpointPlan, progress: Progress) -> None:

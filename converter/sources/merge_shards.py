@@ -51,6 +51,8 @@ RULES: tuple[tuple[re.Pattern[str], Cut], ...] = (
     (_ends(r"linear_(?:q|q_up|kv_up)_proj\.(?:weight|bias)"), Cut.COLUMN),
     (_ends(r"core_attention\.softmax_offset"), Cut.COLUMN),
     (_ends(r"eh_proj\.weight"), Cut.COLUMN),
+    # Nemotron-NAS: a whole block replaced by one matrix.
+    (_ends(r"self_attention\.weight|mlp\.weight"), Cut.COLUMN),
     (_ends(r"linear_fc1\.(?:weight|bias)\d*"), Cut.GATED),
     (_ends(r"linear_fc2\.weight\d*"), Cut.ROW),
     (_ends(r"linear_proj\.weight"), Cut.ROW),

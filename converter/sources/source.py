@@ -41,8 +41,10 @@ class Source:
         return sum(stored.nbytes for stored in self.stored.values())
 
 
-def open_source(path: Path) -> Source:
+def open_source(path: Path, facts: Mapping[str, object] | None = None) -> Source:
     """Open a torch_dist checkpoint or a legacy `mp_rank_*` directory; reads no weights.
+
+    `facts` replace the source's own where shards have to be put together.
 
     Raises:
         SourceError: it is neither, or cannot be read safely.
@@ -51,7 +53,7 @@ def open_source(path: Path) -> Source:
         raise SourceError(f"{path} is not a directory; expected a Megatron checkpoint")
     if _legacy(path) is not None:
         legacy = read_mp_rank(path)
-        stored = merge_shards(legacy.shards, legacy.facts)
+        stored = merge_shards(legacy.shards, {**legacy.facts, **(facts or {})})
         return make_source(path, "mp_rank", stored, legacy.facts, legacy.ignored)
     opened = read_torch_dist(path)
     return make_source(opened.origin, "torch_dist", opened.tensors, opened.facts, opened.ignored)
