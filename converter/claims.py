@@ -69,6 +69,20 @@ class Claims:
             )
 
 
+class PartialClaims(Claims):
+    """For a few tensors of a model: a meta tensor stands in for each missing one.
+
+    Target tensors that are made of such are the ones to leave out (`is_present`).
+    """
+
+    def need(self, spellings: Spellings, shape: tuple[int | None, ...]) -> torch.Tensor:
+        """Like `take`, with a stand-in for a tensor that is not there."""
+        tensor = self.take(spellings, shape)
+        if tensor is None:
+            tensor = torch.empty([size or 0 for size in shape], device="meta")
+        return tensor
+
+
 def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int | None, ...]) -> None:
     fits = len(found) == len(expected) and all(
         want in (None, have) for have, want in zip(found, expected, strict=True)

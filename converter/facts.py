@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterable, Mapping
+import difflib
+import math
+import reprlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 
 from .errors import ModelError, UnsupportedOptionError
 
@@ -19,31 +23,189 @@ ACTIVATIONS = {
     "squared_relu": "squared_relu",
 }
 
+# Field → the names under which sources give it, best first.
+NAMES: dict[str, tuple[str, ...]] = {
+    "num_layers": ("num_layers",),
+    "hidden_size": ("hidden_size",),
+    "num_attention_heads": ("num_attention_heads",),
+    "ffn_hidden_size": ("ffn_hidden_size",),
+    "num_query_groups": ("num_query_groups",),
+    "kv_channels": ("kv_channels", "head_size"),
+    "vocab_size": ("vocab_size",),
+    "max_position_embeddings": ("max_position_embeddings", "max_sequence_length", "seq_length"),
+    "model_type": ("model_type",),
+    "normalization": ("normalization",),
+    "layernorm_zero_centered_gamma": ("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
+    "layernorm_epsilon": ("layernorm_epsilon", "norm_epsilon"),
+    "gated_linear_unit": ("gated_linear_unit", "swiglu"),
+    "add_bias_linear": ("add_bias_linear",),
+    "add_qkv_bias": ("add_qkv_bias",),
+    "qk_layernorm": ("qk_layernorm",),
+    "position_embedding_type": ("position_embedding_type",),
+    "rotary_base": ("rotary_base",),
+    "rotary_percent": ("rotary_percent", "rotary_percentage"),
+    "share_embeddings_and_output_weights": ("share_embeddings_and_output_weights",),
+    "num_moe_experts": ("num_moe_experts", "num_experts"),
+    "moe_ffn_hidden_size": ("moe_ffn_hidden_size",),
+    "moe_router_topk": ("moe_router_topk",),
+    "moe_shared_expert_intermediate_size": ("moe_shared_expert_intermediate_size",),
+}
+
+# The families that targets know.
+MODEL_TYPES = (
+    "gpt", "gptnext", "starcoder", "nemotron", "llama", "mixtral", "qwen2", "qwen3", "qwen2_moe",
+    "qwen3_moe", "gemma", "falcon", "nemotron_nas",
+)  # fmt: skip
+
+# Options that change what the weights or the layers mean, and that no rule here handles.
+REFUSED = {
+    "attention_output_gate": "linear_qkv holds gate rows",
+    "moe_mlp_glu_interleave_size": "gate and up rows are interleaved",
+    "multi_latent_attention": "attention has low-rank projections",
+    "mtp_num_layers": "the model has multi-token-prediction layers",
+    "experimental_attention_variant": "attention is not softmax attention",
+    "linear_attention_freq": "attention is not softmax attention",
+    "is_hybrid_model": "layers are not all transformer layers",
+    "moe_latent_size": "experts work in a smaller space",
+    "rotary_interleaved": "a head's neighbouring elements are rotated together",
+    "no_rope_freq": "some layers do without rotary positions",
+    "window_size": "attention looks at a window",
+    "activation_func_clamp_value": "the activation is clamped",
+    "glu_linear_offset": "the MLP's ungated half has an offset",
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What a fact may be: in words, and as a test."""
+
+    words: str
+    fits: Callable[[object], bool]
+
+    def check(self, name: str, value: object) -> None:
+        """Raise ModelError, naming the fact, unless `value` fits."""
+        if not self.fits(value):
+            raise ModelError(
+                f"the model's {name} must be {self.words}, found {reprlib.repr(value)}; "
+                f"give it with --fact {name}=VALUE, or as a line '{name}: VALUE' of a file for "
+                f"--spec"
+            )
+
+
+def whole(least: int, most: int = 2**31 - 1) -> Kind:
+    """Integers in a range; the upper end keeps a wrong fact from filling the memory."""
+    words = f"a whole number from {least} to {most}"
+    return Kind(words, lambda value: type(value) is int and least <= value <= most)
+
+
+def one_of(names: Iterable[str]) -> Kind:
+    """Some words."""
+    known = tuple(names)
+    return Kind(f"one of {', '.join(known)}", lambda value: value in known)
+
+
+def optional(kind: Kind) -> Kind:
+    """Like `kind`, or None."""
+    return Kind(f"{kind.words} (or left out)", lambda value: value is None or kind.fits(value))
+
+
+def tuple_of(item: type, words: str) -> Kind:
+    """A tuple, perhaps empty, of one type."""
+    return Kind(
+        words,
+        lambda value: isinstance(value, tuple) and all(isinstance(one, item) for one in value),
+    )
+
+
+SIZE = whole(1)
+SIZE_OR_NONE = whole(0)
+LAYERS = whole(1, 100_000)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+POSITIVE = Kind(
+    "a positive number",
+    lambda value: type(value) in (int, float) and 0 < value < math.inf,  # type: ignore[operator]
+)
+
 
 def first(facts: Mapping[str, object], names: Iterable[str]) -> object | None:
     """The first fact among `names` that is given and not None."""
     return next((facts[name] for name in names if facts.get(name) is not None), None)
 
 
-def as_int(facts: Mapping[str, object], name: str) -> int:
-    """A fact that must be there and be a positive integer.
+def need(facts: Mapping[str, object], name: str, kind: Kind) -> int:
+    """A size that must be there.
 
     Raises:
-        ModelError: it is missing, or is not a positive integer.
+        ModelError: it is missing, or does not fit.
     """
     value = facts.get(name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ModelError(
-            f"the model's {name} must be a positive integer, found {value!r}; "
-            f"give it in a file for --spec (a line '{name}: NUMBER')"
-        )
+    kind.check(name, value)
+    assert isinstance(value, int)
     return value
 
 
+def loose(kind: Kind, value: object) -> object:
+    """A value as `kind` wants it, where YAML or arguments write it otherwise; else as it is.
+
+    YAML reads 1e-5, without a point, as text; arguments have 0 and 1 for false and true.
+    """
+    if kind is POSITIVE and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except (ValueError, OverflowError):
+            return value
+    return bool(value) if kind is FLAG and value in (0, 1) else value
+
+
+def refuse(facts: Mapping[str, object]) -> None:
+    """Raise UnsupportedOptionError if an option is set that no rule handles."""
+    for option, meaning in REFUSED.items():
+        if facts.get(option):
+            raise UnsupportedOptionError(
+                f"the model sets {option}={reprlib.repr(facts[option])} ({meaning}), which "
+                f"fuseport does not convert; export a model without it"
+            )
+
+
+def check_names(names: Iterable[str], known: Mapping[str, Iterable[str]]) -> None:
+    """Raise ModelError for a name that no fact has.
+
+    Args:
+        names: as the user wrote them.
+        known: fact → other names of it, for the hint.
+    """
+    for name in names:
+        if name not in known:
+            same = [fact for fact, others in known.items() if name in others]
+            close = same or difflib.get_close_matches(str(name), known, n=3)
+            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            raise ModelError(
+                f"{reprlib.repr(name)} is not the name of a model fact{hint} "
+                f"(--fact and --spec take: {', '.join(known)})"
+            )
+
+
+def flag(facts: Mapping[str, object], names: Iterable[str]) -> bool | None:
+    """The first of these flags that is given; None if none is.
+
+    Raises:
+        ModelError: it is neither true nor false.
+    """
+    for name in names:
+        if facts.get(name) is not None:
+            value = loose(FLAG, facts[name])
+            FLAG.check(name, value)
+            return bool(value)
+    return None
+
+
 def as_bools(values: object) -> tuple[bool, ...]:
-    """A sequence of truth values."""
-    if not isinstance(values, Iterable):
-        raise ModelError(f"expected a list of true and false, found {values!r}")
+    """A sequence of truth values, one for each layer."""
+    if not isinstance(values, (list, tuple)) or any(value not in (0, 1) for value in values):
+        raise ModelError(
+            f"which layers have experts (moe_layer_freq, moe_layers) must be a list of 0 and 1, "
+            f"found {reprlib.repr(values)}"
+        )
     return tuple(bool(value) for value in values)
 
 
@@ -70,6 +232,22 @@ def activation_name(facts: Mapping[str, object]) -> str:
     return ACTIVATIONS[name]
 
 
+def infer_model_type(facts: Mapping[str, object]) -> str:
+    """The family whose target names and config a model takes, when nobody said it."""
+    if facts.get("num_moe_experts"):
+        shared = facts.get("moe_shared_expert_intermediate_size")
+        return "qwen2_moe" if shared else "qwen3_moe" if facts.get("qk_layernorm") else "mixtral"
+    if facts.get("normalization", "LayerNorm") == "LayerNorm":
+        return "nemotron" if facts.get("activation_func") == "squared_relu" else "gpt"
+    if facts.get("blocks"):
+        return "nemotron_nas"
+    if facts.get("qk_layernorm"):
+        return "qwen3"
+    if facts.get("add_qkv_bias"):
+        return "qwen2"
+    return "gemma" if facts.get("activation_func") == "gelu" else "llama"
+
+
 def layer_pattern(frequency: object, num_layers: int) -> tuple[bool, ...]:
     """Which layers have experts, from Megatron's `moe_layer_freq`.
 
@@ -81,7 +259,8 @@ def layer_pattern(frequency: object, num_layers: int) -> tuple[bool, ...]:
     """
     if isinstance(frequency, str):
         frequency = _parse_pattern(frequency)
-    if isinstance(frequency, int):
+    if isinstance(frequency, int) and not isinstance(frequency, bool):
+        whole(1).check("moe_layer_freq", frequency)
         return tuple(layer % frequency == 0 for layer in range(num_layers))
     pattern = as_bools(frequency)
     if len(pattern) != num_layers:
@@ -95,8 +274,11 @@ def _parse_pattern(text: str) -> object:
     """Evaluate sums and products of lists of integers, and nothing else."""
     try:
         return _evaluate(ast.parse(text.strip(), mode="eval").body)
-    except (SyntaxError, TypeError, ValueError) as error:
-        raise ModelError(f"moe_layer_freq {text!r} is not a list of 0 and 1") from error
+    except (SyntaxError, TypeError, ValueError, MemoryError, RecursionError) as error:
+        raise ModelError(
+            f"moe_layer_freq {reprlib.repr(text)} is not a list of 0 and 1; write it like "
+            f"'[0]+[1]*3'"
+        ) from error
 
 
 def _evaluate(node: ast.expr) -> object:

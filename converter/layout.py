@@ -66,6 +66,17 @@ def shape_of(layout: Layout) -> Shape:
     return (sum(shape_of(part)[0] for part in layout.parts), *first[1:])
 
 
+def leaves(layout: Layout) -> Iterator[torch.Tensor]:
+    """The views that a layout is made of."""
+    if isinstance(layout, torch.Tensor):
+        yield layout
+    elif isinstance(layout, Flat):
+        yield layout.view
+    else:
+        for part in layout.parts:
+            yield from leaves(part)
+
+
 def pairs(dst: torch.Tensor, layout: Layout) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """(dst view, src view) of one shape for every leaf of the layout. `dst` is contiguous."""
     if isinstance(layout, torch.Tensor):

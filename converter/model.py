@@ -1,8 +1,8 @@
 """The facts of a model: what its weights mean, in Megatron-Core's own terms.
 
 Facts come from a TransformerConfig, from the arguments in a checkpoint, from a `run_config.yaml`,
-or from the user; they name the same things differently. `NAMES` lists every accepted name of each
-field, and `ModelSpec.from_facts` reads any of them.
+or from the user; they name the same things differently. `facts.NAMES` lists every accepted name of
+each field, and `ModelSpec.from_facts` reads any of them.
 """
 
 from __future__ import annotations
@@ -12,46 +12,34 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .errors import UnsupportedOptionError
-from .facts import activation_name, as_bools, as_int, first, layer_pattern
+from .errors import ModelError
+from .facts import (
+    ACTIVATIONS,
+    FLAG,
+    LAYERS,
+    MODEL_TYPES,
+    NAMES,
+    POSITIVE,
+    REFUSED,
+    SIZE,
+    SIZE_OR_NONE,
+    activation_name,
+    as_bools,
+    check_names,
+    first,
+    flag,
+    infer_model_type,
+    layer_pattern,
+    loose,
+    need,
+    one_of,
+    optional,
+    refuse,
+    tuple_of,
+)
 
-# Field → the names under which sources give it, best first.
-NAMES: dict[str, tuple[str, ...]] = {
-    "num_layers": ("num_layers",),
-    "hidden_size": ("hidden_size",),
-    "num_attention_heads": ("num_attention_heads",),
-    "ffn_hidden_size": ("ffn_hidden_size",),
-    "num_query_groups": ("num_query_groups",),
-    "kv_channels": ("kv_channels", "head_size"),
-    "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("max_position_embeddings", "max_sequence_length", "seq_length"),
-    "model_type": ("model_type",),
-    "normalization": ("normalization",),
-    "layernorm_zero_centered_gamma": ("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
-    "layernorm_epsilon": ("layernorm_epsilon", "norm_epsilon"),
-    "gated_linear_unit": ("gated_linear_unit", "swiglu"),
-    "add_bias_linear": ("add_bias_linear",),
-    "add_qkv_bias": ("add_qkv_bias",),
-    "qk_layernorm": ("qk_layernorm",),
-    "position_embedding_type": ("position_embedding_type",),
-    "rotary_base": ("rotary_base",),
-    "rotary_percent": ("rotary_percent", "rotary_percentage"),
-    "share_embeddings_and_output_weights": ("share_embeddings_and_output_weights",),
-    "num_moe_experts": ("num_moe_experts", "num_experts"),
-    "moe_ffn_hidden_size": ("moe_ffn_hidden_size",),
-    "moe_router_topk": ("moe_router_topk",),
-    "moe_shared_expert_intermediate_size": ("moe_shared_expert_intermediate_size",),
-}
-
-# Options that change what the weights mean, and that no rule here handles: refused by name.
-REFUSED = {
-    "attention_output_gate": "linear_qkv holds gate rows",
-    "moe_mlp_glu_interleave_size": "gate and up rows are interleaved",
-    "multi_latent_attention": "attention has low-rank projections",
-    "mtp_num_layers": "the model has multi-token-prediction layers",
-    "experimental_attention_variant": "attention is not softmax attention",
-    "linear_attention_freq": "attention is not softmax attention",
-}
+# What is read beside the fields themselves.
+PATTERNS = ("moe_layer_freq", "heterogeneous_layers_config_encoded_json")
 
 
 @dataclass(frozen=True)
@@ -66,6 +54,17 @@ class Block:
     mlp: str
     ffn_hidden_size: int
 
+    def __post_init__(self) -> None:
+        for name in ("attention", "mlp"):
+            one_of(("full", "linear", "none")).check(f"blocks' {name}", getattr(self, name))
+        SIZE.check("blocks' num_query_groups", self.num_query_groups)
+        SIZE_OR_NONE.check("blocks' ffn_hidden_size", self.ffn_hidden_size)
+
+    def shard(self, tp_size: int) -> Block:
+        """What a tensor-parallel shard of the layer holds."""
+        groups = max(self.num_query_groups // tp_size, 1)
+        return Block(self.attention, groups, self.mlp, self.ffn_hidden_size // tp_size)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
@@ -73,7 +72,8 @@ class ModelSpec:
 
     `kv_channels` is the size of one head. `vocab_size` is the tokenizer's, without padding;
     `None` keeps every row of the source's embedding. `moe_layers` says for each layer whether it
-    is a mixture of experts. `blocks` describes each layer of a heterogeneous model.
+    is a mixture of experts. `num_local_experts` is how many of the experts a shard holds, where it
+    does not hold all. `blocks` describes each layer of a heterogeneous model.
     """
 
     num_layers: int
@@ -102,12 +102,36 @@ class ModelSpec:
     moe_router_topk: int = 0
     moe_shared_expert_intermediate_size: int = 0
     moe_layers: tuple[bool, ...] = ()
+    num_local_experts: int = 0
     blocks: tuple[Block, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name, kind in KINDS.items():
+            kind.check(name, getattr(self, name))
+        heads = self.num_attention_heads
+        for groups in (self.num_query_groups, *(block.num_query_groups for block in self.blocks)):
+            if heads % groups:
+                raise ModelError(
+                    f"num_query_groups = {groups} does not divide num_attention_heads = {heads}; "
+                    f"correct them with --fact"
+                )
+        for name in ("moe_layers", "blocks"):
+            count = len(getattr(self, name))
+            if count not in (0, self.num_layers):
+                raise ModelError(
+                    f"{name} has {count} entries for num_layers = {self.num_layers}; expected one "
+                    f"each"
+                )
 
     @property
     def queries_per_group(self) -> int:
         """Query heads that share one key and value head."""
         return self.num_attention_heads // self.num_query_groups
+
+    @property
+    def local_experts(self) -> int:
+        """Experts that are here: all, unless this describes a shard."""
+        return self.num_local_experts or self.num_moe_experts
 
     def is_moe(self, layer: int) -> bool:
         """True if layer `layer` (counted from 0 over the whole model) has experts."""
@@ -122,68 +146,85 @@ class ModelSpec:
         return Block("full", self.num_query_groups, "full", self.ffn_hidden_size)
 
     @classmethod
-    def from_facts(cls, facts: Mapping[str, object], **overrides: object) -> ModelSpec:
-        """Read facts from any source's mapping; `overrides` (by field name) win.
+    def from_facts(cls, facts: Mapping[str, object], /, **overrides: object) -> ModelSpec:
+        """Read facts from any source's mapping; `overrides` (by field name) win, None is no fact.
 
         Raises:
-            ModelError: a fact without which nothing can be done is missing or makes no sense.
+            ModelError: a fact without which nothing can be done is missing or makes no sense, or
+                an override has a name that is not known. Unknown names in `facts` are passed over.
             UnsupportedOptionError: an option that changes the weights' meaning is set.
         """
-        merged = {**facts, **{key: value for key, value in overrides.items() if value is not None}}
+        given = {key: value for key, value in overrides.items() if value is not None}
+        check_names(given, {name: NAMES.get(name, ()) for name in GIVEN})
+        merged = {**facts, **given}
         refuse(merged)
         values = {field: first(merged, names) for field, names in NAMES.items()}
         values = {field: value for field, value in values.items() if value is not None}
         values |= _heads(merged) | _activation(merged) | _experts(merged) | _tied(merged)
-        values |= {"blocks": _blocks(merged)}
+        values |= {"num_layers": need(merged, "num_layers", LAYERS), "blocks": _blocks(merged)}
+        # What follows from one of the source's facts gives way to what the user says.
+        values |= {name: given[name] for name in NAMES if name in given}
         if "model_type" not in values:
             values["model_type"] = infer_model_type(values)
-        return cls(**_typed(values))  # type: ignore[arg-type]
+        typed = {name: loose(KINDS[name], value) for name, value in values.items()}
+        return cls(**typed)  # type: ignore[arg-type]
 
     def replace(self, **changes: object) -> ModelSpec:
         """A copy with some facts changed."""
         return dataclasses.replace(self, **changes)  # type: ignore[arg-type]
 
 
-def refuse(facts: Mapping[str, object]) -> None:
-    """Raise UnsupportedOptionError if an option is set that no rule handles."""
-    for option, meaning in REFUSED.items():
-        if facts.get(option):
-            raise UnsupportedOptionError(
-                f"the model sets {option}={facts[option]!r} ({meaning}), which fuseport does not "
-                f"convert; export a model without it"
-            )
+# Field → what it may be.
+KINDS = {
+    "num_layers": LAYERS,
+    "hidden_size": SIZE,
+    "num_attention_heads": SIZE,
+    "ffn_hidden_size": SIZE_OR_NONE,
+    "num_query_groups": SIZE,
+    "kv_channels": SIZE,
+    "vocab_size": optional(SIZE),
+    "max_position_embeddings": optional(SIZE),
+    "model_type": one_of(MODEL_TYPES),
+    "normalization": one_of(("RMSNorm", "LayerNorm")),
+    "layernorm_zero_centered_gamma": FLAG,
+    "layernorm_epsilon": POSITIVE,
+    "gated_linear_unit": FLAG,
+    "activation_func": one_of(dict.fromkeys(ACTIVATIONS.values())),
+    "add_bias_linear": FLAG,
+    "add_qkv_bias": FLAG,
+    "qk_layernorm": FLAG,
+    "position_embedding_type": one_of(("rope", "learned_absolute")),
+    "rotary_base": POSITIVE,
+    "rotary_percent": POSITIVE,
+    "share_embeddings_and_output_weights": FLAG,
+    "num_moe_experts": SIZE_OR_NONE,
+    "moe_ffn_hidden_size": SIZE_OR_NONE,
+    "moe_router_topk": SIZE_OR_NONE,
+    "moe_shared_expert_intermediate_size": SIZE_OR_NONE,
+    "moe_layers": tuple_of(bool, "a list of true and false"),
+    "num_local_experts": SIZE_OR_NONE,
+    "blocks": tuple_of(Block, "a list with what each layer holds"),
+}
 
-
-def infer_model_type(facts: Mapping[str, object]) -> str:
-    """The family whose target names and config a model takes, when nobody said it."""
-    if facts.get("num_moe_experts"):
-        shared = facts.get("moe_shared_expert_intermediate_size")
-        return "qwen2_moe" if shared else "qwen3_moe" if facts.get("qk_layernorm") else "mixtral"
-    if facts.get("normalization", "LayerNorm") == "LayerNorm":
-        return "nemotron" if facts.get("activation_func") == "squared_relu" else "gpt"
-    if facts.get("blocks"):
-        return "nemotron_nas"
-    if facts.get("qk_layernorm"):
-        return "qwen3"
-    if facts.get("add_qkv_bias"):
-        return "qwen2"
-    return "gemma" if facts.get("activation_func") == "gelu" else "llama"
+# The names of facts that a user may give. How many experts a shard holds follows from its place.
+GIVEN = (*(name for name in KINDS if name != "num_local_experts"), *PATTERNS, *REFUSED)
 
 
 def _heads(facts: Mapping[str, object]) -> dict[str, object]:
-    heads = as_int(facts, "num_attention_heads")
-    hidden = as_int(facts, "hidden_size")
+    heads = need(facts, "num_attention_heads", SIZE)
+    hidden = need(facts, "hidden_size", SIZE)
     groups = first(facts, NAMES["num_query_groups"])
-    if not groups or facts.get("group_query_attention") is False:
-        groups = 1 if facts.get("multi_query_mode") else heads
+    if groups is None or flag(facts, ("group_query_attention",)) is False:
+        groups = 1 if flag(facts, ("multi_query_mode",)) else heads
     ffn = first(facts, NAMES["ffn_hidden_size"]) or 4 * hidden
-    channels = first(facts, NAMES["kv_channels"]) or hidden // heads
+    channels = first(facts, NAMES["kv_channels"])
+    channels = hidden // heads if channels is None else channels
     return {"num_query_groups": groups, "kv_channels": channels, "ffn_hidden_size": ffn}
 
 
 def _activation(facts: Mapping[str, object]) -> dict[str, object]:
     """Megatron's default normalisation and activation are LayerNorm and gelu."""
-    gated = bool(first(facts, NAMES["gated_linear_unit"]) or facts.get("quick_geglu"))
+    gated = flag(facts, NAMES["gated_linear_unit"]) or flag(facts, ("quick_geglu",)) or False
     normalization = first(facts, NAMES["normalization"]) or "LayerNorm"
     position = first(facts, NAMES["position_embedding_type"]) or "learned_absolute"
     return {
@@ -195,29 +236,43 @@ def _activation(facts: Mapping[str, object]) -> dict[str, object]:
 
 
 def _experts(facts: Mapping[str, object]) -> dict[str, object]:
-    if not first(facts, NAMES["num_moe_experts"]):
+    given = facts.get("moe_layers")
+    chosen = as_bools(given) if given else ()
+    experts = first(facts, NAMES["num_moe_experts"]) or 0
+    SIZE_OR_NONE.check("num_moe_experts", experts)
+    if not experts:
         return {"num_moe_experts": 0}
     ffn = first(facts, NAMES["moe_ffn_hidden_size"]) or _heads(facts)["ffn_hidden_size"]
-    layers = layer_pattern(facts.get("moe_layer_freq", 1), as_int(facts, "num_layers"))
-    given = facts.get("moe_layers")
-    return {"moe_ffn_hidden_size": ffn, "moe_layers": as_bools(given) if given else layers}
+    layers = layer_pattern(facts.get("moe_layer_freq", 1), need(facts, "num_layers", LAYERS))
+    topk = first(facts, NAMES["moe_router_topk"])
+    return {
+        "moe_ffn_hidden_size": ffn,
+        "moe_layers": chosen or layers,
+        # Megatron's default.
+        "moe_router_topk": 2 if topk is None else topk,
+    }
 
 
 def _tied(facts: Mapping[str, object]) -> dict[str, object]:
-    untied = facts.get("untie_embeddings_and_output_weights")
+    untied = flag(facts, ("untie_embeddings_and_output_weights",))
     return {} if untied is None else {"share_embeddings_and_output_weights": not untied}
 
 
 def _blocks(facts: Mapping[str, object]) -> tuple[Block, ...]:
     """Blocks from `heterogeneous_layers_config_encoded_json` (DeciLM's `block_configs`)."""
-    if facts.get("blocks"):
-        return tuple(facts["blocks"])  # type: ignore[arg-type]
+    given = facts.get("blocks")
     encoded = facts.get("heterogeneous_layers_config_encoded_json")
-    if not encoded:
-        return ()
-    blocks = json.loads(str(encoded))["block_configs"]
-    heads, hidden = as_int(facts, "num_attention_heads"), as_int(facts, "hidden_size")
-    return tuple(_block(entry["attention"], entry["ffn"], heads, hidden) for entry in blocks)
+    try:
+        if given:
+            return tuple(one if isinstance(one, Block) else Block(**one) for one in given)  # type: ignore[attr-defined]
+        blocks = json.loads(str(encoded))["block_configs"] if encoded else ()
+        heads, hidden = need(facts, "num_attention_heads", SIZE), need(facts, "hidden_size", SIZE)
+        return tuple(_block(entry["attention"], entry["ffn"], heads, hidden) for entry in blocks)
+    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+        raise ModelError(
+            f"the layers' blocks (blocks, heterogeneous_layers_config_encoded_json) cannot be "
+            f"read: {error!r}; expected an attention and an MLP for each layer"
+        ) from error
 
 
 def _block(attention: dict[str, object], ffn: dict[str, object], heads: int, hidden: int) -> Block:
@@ -231,14 +286,3 @@ def _replaced(entry: dict[str, object]) -> str:
     if entry.get("no_op"):
         return "none"
     return "linear" if entry.get("replace_with_linear") else "full"
-
-
-def _typed(values: Mapping[str, object]) -> dict[str, object]:
-    """Values as the fields' own types; YAML and JSON give ints and floats loosely."""
-    defaults = {field.name: field for field in dataclasses.fields(ModelSpec)}
-    casts = {"int": int, "int | None": int, "float": float, "bool": bool, "str": str}
-    return {
-        name: casts.get(str(defaults[name].type), lambda same: same)(value)
-        for name, value in values.items()
-        if value is not None
-    }

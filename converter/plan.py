@@ -6,8 +6,9 @@ A plan is made of views only. Over real tensors its moves can be run as they are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
@@ -16,7 +17,13 @@ from fuseport.kernels.move import Move
 from .layout import Shape, pairs, shape_of
 from .targets.trtllm import TargetTensor
 
-Allocate = Callable[[Shape, torch.dtype], torch.Tensor]
+
+class Allocate(Protocol):
+    """Makes a target tensor: `torch.empty`, or a tensor's own `new_empty`."""
+
+    def __call__(self, size: Shape, /, *, dtype: torch.dtype) -> torch.Tensor:
+        """A tensor of `size` and `dtype`; its contents do not matter."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -40,12 +47,12 @@ def build(targets: Iterable[TargetTensor], allocate: Allocate) -> list[Planned]:
 
 
 def _one(target: TargetTensor, allocate: Allocate) -> Planned:
-    dst = allocate(shape_of(target.layout), target.dtype)
+    dst = allocate(shape_of(target.layout), dtype=target.dtype)
     moves = tuple(Move(d, s, target.shift, target.quant) for d, s in pairs(dst, target.layout))
     return Planned(target.rank, target.name, dst, moves)
 
 
-def on_meta(shape: Shape, dtype: torch.dtype) -> torch.Tensor:
+def on_meta(shape: Shape, *, dtype: torch.dtype) -> torch.Tensor:
     """Allocate nothing: a tensor of shape and strides only."""
     return torch.empty(shape, dtype=dtype, device="meta")
 

@@ -39,12 +39,19 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "pp_size", "moe_ep_size", "gpus_per_node"):
-            if getattr(self, name) < 1:
-                raise RecipeError(f"{name} must be at least 1, found {getattr(self, name)}")
-        if self.dtype not in DTYPES:
-            raise RecipeError(f"dtype {self.dtype!r} is none of {', '.join(DTYPES)}")
-        if self.target not in TARGETS:
-            raise RecipeError(f"target {self.target!r} is none of {', '.join(TARGETS)}")
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise RecipeError(f"{name} must be a whole number of at least 1, found {value!r}")
+        for name, known in (("dtype", tuple(DTYPES)), ("target", TARGETS)):
+            if getattr(self, name) not in known:
+                raise RecipeError(
+                    f"{name} {getattr(self, name)!r} is none of {', '.join(known)}; choose one"
+                )
+        if not isinstance(self.use_parallel_embedding, bool):
+            raise RecipeError(
+                f"use_parallel_embedding must be True or False, found "
+                f"{self.use_parallel_embedding!r}"
+            )
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -121,7 +121,7 @@ def shard_spec(spec: ModelSpec, recipe: Recipe, *, tp_rank: int, pp_rank: int) -
         num_query_groups=spec.num_query_groups // tp,
         ffn_hidden_size=spec.ffn_hidden_size // tp,
         moe_ffn_hidden_size=spec.moe_ffn_hidden_size // recipe.moe_tp_size,
-        num_moe_experts=spec.num_moe_experts // recipe.moe_ep_size,
+        num_local_experts=spec.num_moe_experts // recipe.moe_ep_size,
         moe_shared_expert_intermediate_size=spec.moe_shared_expert_intermediate_size // tp,
         moe_layers=tuple(spec.is_moe(layer) for layer in layers),
         vocab_size=None if spec.vocab_size is None else spec.vocab_size // tp,
@@ -138,7 +138,7 @@ def plan_memory(
     """Plan over real tensors; the target's are allocated on the same device, not yet filled."""
     example = next(iter(tensors.values()))
     rules = TrtllmRules(model, spec, recipe, zero_row(model, spec, example.device), scales)
-    return build(rules.tensors(), lambda shape, dtype: example.new_empty(shape, dtype=dtype))
+    return build(rules.tensors(), example.new_empty)
 
 
 def run_plan(plan: list[Planned], backend: str) -> None:

@@ -26,17 +26,20 @@ from ..model import Block, ModelSpec
 from .megatron_names import IGNORED, SPELLINGS, mlp_spellings
 
 
-def read_model(tensors: Mapping[str, torch.Tensor], spec: ModelSpec) -> Model:
+def read_model(
+    tensors: Mapping[str, torch.Tensor], spec: ModelSpec, claims_type: type[Claims] = Claims
+) -> Model:
     """The logical views of a whole model (or of one shard, with the shard's own spec).
 
     Args:
         tensors: by Megatron-Core's in-memory names with layer numbers; real or meta tensors.
         spec: the facts that these tensors follow.
+        claims_type: what happens when a tensor is missing; an error by default.
 
     Raises:
         MissingTensorError, UnknownTensorError, ShapeError: the tensors do not fit the facts.
     """
-    claims = Claims(tensors, IGNORED)
+    claims = claims_type(tensors, IGNORED)
     reader = _Reader(claims, spec)
     model = reader.model()
     claims.finish()
@@ -183,7 +186,7 @@ class _Scope:
 
     def experts(self) -> tuple[Mlp, ...]:
         """Experts as separate linears, stacked in one tensor, or in the legacy grouped form."""
-        count, width = self.spec.num_moe_experts, self.spec.moe_ffn_hidden_size
+        count, width = self.spec.local_experts, self.spec.moe_ffn_hidden_size
         hidden = self.spec.hidden_size
         halves = 2 if self.spec.gated_linear_unit else 1
         stacked = self.take("experts.fc2", (count, hidden, width), False)
@@ -201,7 +204,7 @@ class _Scope:
         return tuple(self.mlp("expert", width, expert) for expert in range(count))
 
     def _singleton_halves(self) -> list[tuple[torch.Tensor, ...]]:
-        count, width = self.spec.num_moe_experts, self.spec.moe_ffn_hidden_size
+        count, width = self.spec.local_experts, self.spec.moe_ffn_hidden_size
         shape = (count, width, self.spec.hidden_size)
         gate, up = self.need("experts.fc1_gate", shape), self.need("experts.fc1_up", shape)
         return [(gate[expert], up[expert]) for expert in range(count)]

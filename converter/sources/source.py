@@ -79,11 +79,12 @@ def make_source(
     for name, one in stored.items():
         twin = torch.empty(one.shape, dtype=one.dtype, device="meta")
         by_storage[storage_key(twin)] = one
-        tensors.update(_by_layer(name, twin))
+        tensors.update(by_layer(name, twin))
     return Source(origin, kind, tensors, by_storage, facts, ignored)
 
 
-def _by_layer(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+def by_layer(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
+    """A stacked tensor as one view a layer, by the layers' names; another as it is."""
     match = STACKED.match(name)
     if match is None:
         return {name: tensor}

@@ -191,7 +191,8 @@ def _chunk(
         raise SourceError(f"tensor {key!r}: written as Hugging Face safetensors; read it as such")
     if place is None:
         raise CorruptSourceError(f"tensor {key!r}: no storage entry for its chunk at {box[0]}")
-    return _Chunk(key, dtype, *box, *_range(key, place))
+    file, start, length = _range(key, place)
+    return _Chunk(key, dtype, *box, file, start, length)
 
 
 def _range(key: str, place: object) -> tuple[str, int, int]:

@@ -38,16 +38,18 @@ class TargetTensor:
     dtype: torch.dtype
     shift: float = 0.0
     quant: GivenScale | None = None
+    replicated: bool = False
 
 
 @dataclass(frozen=True)
 class Part:
-    """A rule's answer: a tensor's name within its layer, and what it is made of."""
+    """A rule's answer: a tensor's name, and what it is made of; replicated: for all ranks alike."""
 
     name: str
     layout: Layout
     shift: float = 0.0
     dtype: torch.dtype | None = None
+    replicated: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class TrtllmRules:
         dtype = part.dtype or self.recipe.torch_dtype
         if quant is not None:
             dtype = torch.float8_e4m3fn
-        return TargetTensor(rank, part.name, part.layout, dtype, part.shift, quant)
+        return TargetTensor(rank, part.name, part.layout, dtype, part.shift, quant, part.replicated)
 
     def _units(self, stage: int):  # type: ignore[no-untyped-def]
         """What a stage holds, each as a function from a shard to its parts."""
@@ -196,9 +198,9 @@ class TrtllmRules:
 
 def norm(name: str, weights: Norm) -> Iterator[Part]:
     """Replicated; zero-centred weights get their 1 back."""
-    yield Part(f"{name}.weight", weights.weight, weights.shift)
+    yield Part(f"{name}.weight", weights.weight, weights.shift, replicated=True)
     if weights.bias is not None:
-        yield Part(f"{name}.bias", weights.bias)
+        yield Part(f"{name}.bias", weights.bias, replicated=True)
 
 
 def attention(name: str, weights: Attention, shard: Shard) -> Iterator[Part]:
@@ -212,7 +214,7 @@ def attention(name: str, weights: Attention, shard: Shard) -> Iterator[Part]:
     columns = shard.query_heads(weights.out.movedim(0, 2)).movedim(2, 0)
     yield Part(f"{name}.dense.weight", flat_columns(columns))
     if weights.out_bias is not None:
-        yield Part(f"{name}.dense.bias", weights.out_bias)
+        yield Part(f"{name}.dense.bias", weights.out_bias, replicated=True)
     for head_norm, part in ((weights.q_norm, "q_layernorm"), (weights.k_norm, "k_layernorm")):
         if head_norm is not None:
             yield from norm(f"{name}.{part}", head_norm)
@@ -231,15 +233,15 @@ def mlp(name: str, weights: Mlp, shard: Shard) -> Iterator[Part]:
         yield from half(f"{name}.{part}", weight, shard)
     yield Part(f"{name}.proj.weight", shard.columns(weights.down))
     if weights.down_bias is not None:
-        yield Part(f"{name}.proj.bias", weights.down_bias)
+        yield Part(f"{name}.proj.bias", weights.down_bias, replicated=True)
 
 
 def moe(name: str, weights: Moe, shard: Shard, recipe: Recipe) -> Iterator[Part]:
     """Fc [E, 2F, H] = [up; gate] of each expert, proj [E, H, F]; the router stays fp32."""
-    yield Part(f"{name}.router.weight", weights.router, dtype=torch.float32)
+    yield Part(f"{name}.router.weight", weights.router, 0.0, torch.float32, True)
     if weights.router_bias is not None:
         bias = f"{name}.e_score_correction_bias"
-        yield Part(bias, weights.router_bias, dtype=torch.float32)
+        yield Part(bias, weights.router_bias, 0.0, torch.float32, True)
     # Ranks run moe_tp slowest, moe_ep fastest.
     slice_ = Shard(shard.rank // recipe.moe_ep_size, recipe.moe_tp_size)
     count = len(weights.experts) // recipe.moe_ep_size
@@ -250,7 +252,7 @@ def moe(name: str, weights: Moe, shard: Shard, recipe: Recipe) -> Iterator[Part]
     if weights.shared is not None:
         yield from mlp(f"{name}.shared_expert", weights.shared, shard)
     if weights.shared_gate is not None:
-        yield Part(f"{name}.shared_expert_gate.weight", weights.shared_gate)
+        yield Part(f"{name}.shared_expert_gate.weight", weights.shared_gate, replicated=True)
 
 
 def _expert_first(expert: Mlp, shard: Shard) -> Layout:

@@ -1,0 +1,211 @@
+"""Drop-in for `megatron.core.export.trtllm`'s weight converters.
+
+    from fuseport.converter.megatron import DistributedTRTLLMModelWeightsConverter
+
+The classes take what Megatron-Core's take and fill `trtllm_model_weights` with the same tensors
+under the same names, through the project's one path: logical views, rules, one launch a kind.
+Where the reference is known to be wrong, they are right instead; the documentation lists where.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from .backend import choose
+from .errors import RecipeError
+from .exchange import exchange_rows, kv_ranges, vocabulary_ranges
+from .megatron_base import WeightsConverter, str_dtype_to_torch
+from .megatron_names import MODULES, to_megatron
+from .megatron_single import SingleDeviceTRTLLMModelWeightsConverter
+from .model import ModelSpec
+from .parallel import Parallel, current_parallel
+from .plan import Planned, build
+from .sources.megatron import read_model
+from .state import plan_memory, weights
+from .targets.trtllm_config import pp_layers
+
+__all__ = [
+    "DistributedTRTLLMModelWeightsConverter",
+    "Parallel",
+    "SingleDeviceTRTLLMModelWeightsConverter",
+    "str_dtype_to_torch",
+]
+
+EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
+QKV = re.compile(r"^decoder\.layers\.\d+\.self_attention\.linear_qkv\.(weight|bias)$")
+POSITIONS = "embedding.position_embeddings.weight"
+
+
+class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
+    """Converts each rank's shard of a model that is split as the target wants it, on its device.
+
+    Args:
+        transformer_config: Megatron's TransformerConfig (or an object with its fields).
+        dtype: the target's dtype: see `str_dtype_to_torch`.
+        multi_query_mode: one KV head, where the configuration does not say how many.
+        activation: TensorRT-LLM's name; "swiglu", "geglu" and their fast forms are gated.
+        scales: `{module}.weights_scaling_factor` → `{"trt_llm_scale": …, "weight_multiplier": …}`;
+            the module's weight becomes e4m3.
+        parallel: the rank's place. By default Megatron's `parallel_state`.
+        output: "host" puts the results into one block of host memory, safe to read when `convert`
+            returns; "cuda" leaves them where the state dict is.
+        consume: empty the caller's state dict as its tensors are used.
+        backend: "auto", "triton" or "torch".
+
+    Raises:
+        RecipeError: sizes that do not go together, or an unknown dtype or output.
+    """
+
+    def __init__(
+        self,
+        transformer_config: Any,
+        dtype: Any,
+        multi_query_mode: bool = False,
+        activation: str = "gelu",
+        scales: Mapping[str, Any] | None = None,
+        *,
+        parallel: Parallel | None = None,
+        output: str = "host",
+        consume: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__(transformer_config, dtype, multi_query_mode, activation, scales, backend)
+        if output not in ("host", "cuda"):
+            raise RecipeError(f"output {output!r} is neither 'host' nor 'cuda'")
+        place = parallel or current_parallel()
+        self.parallel, self.output, self.consume = place, output, consume
+        self.inference_tp_size, self.tp_rank = place.tp_size, place.tp_rank
+        self.inference_pp_size, self.pp_rank = place.pp_size, place.pp_rank
+        self.tp_group: dist.ProcessGroup | None = place.tp_group
+
+    @torch.no_grad()
+    def convert(
+        self,
+        model_state_dict: dict[str, Any],
+        trtllm_conversion_dict: Mapping[str, Any],
+        tokenizer_vocab_size: int,
+    ) -> None:
+        """Fill `trtllm_model_weights` from a rank's state dict.
+
+        Collective over the tensor parallel group where rows of other ranks are needed: if the
+        vocabulary without padding is not split as the padded one was, or tp exceeds the KV heads.
+
+        Args:
+            model_state_dict: the rank's tensors, layers numbered from 0 in its pipeline stage.
+            trtllm_conversion_dict: names without layer numbers → `TRTLLMLayers`.
+            tokenizer_vocab_size: the vocabulary without padding.
+
+        Raises:
+            FuseportError: see `errors`.
+        """
+        named = to_megatron(weights(model_state_dict), trtllm_conversion_dict)
+        tensors = self._own_rows(named, tokenizer_vocab_size)
+        spec = self._shard_facts(tensors, trtllm_conversion_dict)
+        recipe = self.recipe(use_parallel_embedding=True)
+        scales = self.given_scales(next(iter(tensors.values())).device)
+        plan = plan_memory(tensors, read_model(tensors, spec), spec, recipe, scales)
+        if self.consume:
+            model_state_dict.clear()
+        self._store(plan)
+
+    def _store(self, plan: list[Planned]) -> None:
+        run = choose(self.backend, plan[0].dst.device)
+        run([move for planned in plan for move in planned.moves])
+        for planned in plan:
+            result = planned.dst.cpu() if self.output == "host" else planned.dst
+            self.trtllm_model_weights[planned.name] = result
+
+    def _own_rows(
+        self, tensors: dict[str, torch.Tensor], vocab_size: int
+    ) -> dict[str, torch.Tensor]:
+        """The tensors with just this rank's rows of the target."""
+        tp, result = self.inference_tp_size, dict(tensors)
+        share = -(-vocab_size // tp)
+        for name in (EMBEDDING, OUTPUT):
+            if name in tensors:
+                wanted = vocabulary_ranges(vocab_size, tp)
+                result[name] = self._exchange(tensors[name], wanted, share)
+        if POSITIONS in tensors:
+            result[POSITIONS] = tensors[POSITIONS].chunk(tp)[self.tp_rank]
+        if tp > self.num_kv_heads:
+            result |= self._own_heads(tensors)
+        return result
+
+    def _own_heads(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """linear_qkv as if the rank's query heads and its (repeated) KV head were a model."""
+        config, tp = self.transformer_config, self.inference_tp_size
+        heads = config.num_attention_heads
+        if tp % self.num_kv_heads or heads % tp:
+            raise RecipeError(
+                f"{heads} heads and {self.num_kv_heads} query groups on tp = {tp}: tp must be a "
+                f"multiple of the groups and divide the heads"
+            )
+        head = config.kv_channels or config.hidden_size // heads
+        wanted = kv_ranges(heads, self.num_kv_heads, head, tp)
+        rows = (heads // tp + 2) * head
+        return {
+            name: self._exchange(tensor, wanted, rows)
+            for name, tensor in tensors.items()
+            if QKV.match(name)
+        }
+
+    def _exchange(
+        self, tensor: torch.Tensor, wanted: list[list[tuple[int, int]]], rows: int
+    ) -> torch.Tensor:
+        return exchange_rows(tensor, wanted, rank=self.tp_rank, rows=rows, group=self.tp_group)
+
+    def _shard_facts(
+        self, tensors: Mapping[str, torch.Tensor], conversion: Mapping[str, Any]
+    ) -> ModelSpec:
+        place, spec = self.parallel, self.facts(conversion)
+        layers = pp_layers(spec.num_layers, place.pp_size, place.pp_rank)
+        tp, experts = place.tp_size, place.tp_size // place.ep_size
+        return spec.replace(
+            num_layers=len(layers),
+            num_attention_heads=spec.num_attention_heads // tp,
+            num_query_groups=max(spec.num_query_groups // tp, 1),
+            ffn_hidden_size=spec.ffn_hidden_size // tp,
+            moe_ffn_hidden_size=spec.moe_ffn_hidden_size // experts,
+            num_local_experts=spec.num_moe_experts // place.ep_size,
+            moe_shared_expert_intermediate_size=spec.moe_shared_expert_intermediate_size // tp,
+            moe_layers=tuple(spec.is_moe(layer) for layer in layers),
+            blocks=tuple(spec.block(layer).shard(tp) for layer in layers) if spec.blocks else (),
+        )
+
+    # The reference's own method names: doors to the same path for one tensor at a time.
+
+    def _add_to_trtllm_model_weights(self, val: torch.Tensor, layer_name: str) -> None:
+        """Store one tensor; a matrix is given [in, out] and stored [out, in]."""
+        result = self.cast(layer_name, val.detach().T if val.ndim == 2 else val.detach())
+        self.trtllm_model_weights[layer_name] = result.cpu() if self.output == "host" else result
+
+    def _convert_transformer_layer(self, layer_name: str, val: torch.Tensor) -> None:
+        """Convert one tensor of a layer, given by its target name and as Megatron has it."""
+        tensors = to_megatron({layer_name: val.detach()}, MODULES)
+        spec = self._shard_facts(tensors, {layer_name: layer_name})
+        if self.inference_tp_size > self.num_kv_heads:
+            tensors |= self._own_heads(tensors)
+        self._store(build(self.partial_targets(tensors, spec, self.recipe()), val.new_empty))
+
+    def _convert_non_transformer_layer(
+        self, model_state_dict: dict[str, torch.Tensor], layer_name: str
+    ) -> None:
+        """Take one tensor out of the dict, if it is there, and store it."""
+        if layer_name in model_state_dict:
+            self._add_to_trtllm_model_weights(model_state_dict.pop(layer_name), layer_name)
+
+    def _get_remove_vocab_padding(
+        self, layer_name: str, model_state_dict: Mapping[str, Any], tokenizer_vocab_size: int
+    ) -> torch.Tensor | None:
+        """This rank's rows of an embedding without training's padding, as [H, rows]."""
+        table = model_state_dict.get(layer_name)
+        if table is None:
+            return None
+        tp = self.inference_tp_size
+        wanted = vocabulary_ranges(tokenizer_vocab_size, tp)
+        return self._exchange(table.detach(), wanted, -(-tokenizer_vocab_size // tp)).T

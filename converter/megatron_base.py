@@ -1,0 +1,125 @@
+"""What Megatron-Core's two converters share: facts, scales and the run of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from fuseport.kernels.move import GivenScale, Move
+
+from .backend import choose
+from .claims import PartialClaims
+from .errors import RecipeError
+from .layout import leaves
+from .megatron_names import is_nemotron_nas
+from .model import ModelSpec
+from .recipe import DTYPES, Recipe
+from .sources.megatron import read_model
+from .state import zero_row
+from .targets.trtllm import TargetTensor, TrtllmRules
+
+# The reference's activations that have a gate.
+GATED = ("swiglu", "geglu", "fast-swiglu", "fast-geglu")
+
+
+def str_dtype_to_torch(dtype: Any) -> torch.dtype:
+    """A torch dtype from Megatron's `DataType`, its name ("bfloat16", "fp8", …) or a torch dtype.
+
+    Raises:
+        RecipeError: the name is not known.
+    """
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    name = getattr(dtype, "name", dtype)
+    known = {**DTYPES, "fp8": torch.float8_e4m3fn, "int8": torch.int8, "int32": torch.int32}
+    if name not in known:
+        raise RecipeError(f"dtype {name!r} is none of {', '.join(known)}")
+    return known[name]
+
+
+class WeightsConverter:
+    """What both converters share: facts, scales, and the run of a plan."""
+
+    def __init__(
+        self,
+        transformer_config: Any,
+        dtype: Any,
+        multi_query_mode: bool,
+        activation: str,
+        scales: Mapping[str, Any] | None,
+        backend: str,
+    ) -> None:
+        self.transformer_config = transformer_config
+        self.storage_type = str_dtype_to_torch(dtype)
+        self.activation = activation
+        self.scales = dict(scales or {})
+        self.backend = backend
+        self.trtllm_model_weights: dict[str, torch.Tensor] = {}
+        groups = getattr(transformer_config, "num_query_groups", None)
+        heads = transformer_config.num_attention_heads
+        self.num_kv_heads: int = groups or (1 if multi_query_mode else heads)
+
+    def facts(self, conversion: Mapping[str, Any]) -> ModelSpec:
+        """The whole model's facts. Biases and norms are as the state dict has them."""
+        config = vars(self.transformer_config)
+        gated = self.activation in GATED or bool(config.get("gated_linear_unit"))
+        return ModelSpec.from_facts(
+            {key: value for key, value in config.items() if key != "activation_func"},
+            model_type="nemotron_nas" if is_nemotron_nas(conversion) else "llama",
+            num_query_groups=self.num_kv_heads,
+            gated_linear_unit=gated,
+            activation_func="silu",
+        ).replace(
+            add_bias_linear=False,
+            add_qkv_bias=False,
+            qk_layernorm=False,
+            normalization="RMSNorm",
+            share_embeddings_and_output_weights=False,
+            vocab_size=None,
+        )
+
+    def recipe(self, **sizes: Any) -> Recipe:
+        """The recipe for this converter's dtype."""
+        names = {dtype: name for name, dtype in DTYPES.items()}
+        if self.storage_type not in names:
+            raise RecipeError(
+                f"{self.storage_type} cannot hold every weight; take bfloat16, float16 or float32, "
+                f"and give scales for the weights that become fp8"
+            )
+        return Recipe(dtype=names[self.storage_type], **sizes)
+
+    def given_scales(self, device: torch.device) -> dict[str, GivenScale]:
+        """The reference's `scales`, by module; the multiplier is applied before the cast."""
+        suffix = ".weights_scaling_factor"
+        return {
+            name.removesuffix(suffix): GivenScale(
+                torch.as_tensor(scale["weight_multiplier"]).to(device, torch.float32).reshape(-1)
+            )
+            for name, scale in self.scales.items()
+            if name.removesuffix(suffix) != name
+        }
+
+    def partial_targets(
+        self, tensors: Mapping[str, torch.Tensor], spec: ModelSpec, recipe: Recipe
+    ) -> list[TargetTensor]:
+        """The target tensors that are made of just these tensors of a model."""
+        model = read_model(tensors, spec, PartialClaims)
+        example = next(iter(tensors.values()))
+        zeros = zero_row(model, spec, example.device)
+        rules = TrtllmRules(model, spec, recipe, zeros, self.given_scales(example.device))
+        return [
+            target
+            for target in rules.tensors()
+            if not any(leaf.is_meta for leaf in leaves(target.layout))
+        ]
+
+    def cast(self, name: str, source: torch.Tensor) -> torch.Tensor:
+        """One tensor in the target's dtype, contiguous."""
+        module, _, kind = name.rpartition(".")
+        quant = self.given_scales(source.device).get(module) if kind == "weight" else None
+        dtype = self.storage_type if quant is None else torch.float8_e4m3fn
+        result = torch.empty(source.shape, dtype=dtype, device=source.device)
+        choose(self.backend, source.device)([Move(result, source, quant=quant)])
+        return result

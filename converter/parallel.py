@@ -1,0 +1,80 @@
+"""A rank's place in a sharded model, from Megatron's state, from groups, or as plain numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+
+from .errors import RecipeError
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """A rank's place: tensor, pipeline and expert parallel sizes and ranks.
+
+    `tp_group` is needed only where rows of other tensor-parallel ranks are. Experts are split by
+    expert over `ep_size` ranks, which must divide tp, and inside each over tp / ep.
+
+    Raises:
+        RecipeError: a rank is outside its size, or ep does not divide tp.
+    """
+
+    tp_size: int = 1
+    tp_rank: int = 0
+    pp_size: int = 1
+    pp_rank: int = 0
+    ep_size: int = 1
+    tp_group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        for kind in ("tp", "pp"):
+            size, rank = getattr(self, f"{kind}_size"), getattr(self, f"{kind}_rank")
+            if not 0 <= rank < size:
+                raise RecipeError(f"{kind}_rank {rank} is outside {kind}_size {size}")
+        if self.ep_size < 1 or self.tp_size % self.ep_size:
+            raise RecipeError(f"ep_size {self.ep_size} does not divide tp_size {self.tp_size}")
+
+    @classmethod
+    def from_groups(
+        cls,
+        tp_group: dist.ProcessGroup,
+        pp_group: dist.ProcessGroup | None = None,
+        ep_size: int = 1,
+    ) -> Parallel:
+        """From plain `torch.distributed` groups."""
+        return cls(
+            dist.get_world_size(tp_group),
+            dist.get_rank(tp_group),
+            1 if pp_group is None else dist.get_world_size(pp_group),
+            0 if pp_group is None else dist.get_rank(pp_group),
+            ep_size,
+            tp_group,
+        )
+
+
+def current_parallel() -> Parallel:
+    """This rank's place by Megatron's `parallel_state`.
+
+    Raises:
+        RecipeError: Megatron-Core is not installed or its parallel state is not initialised.
+    """
+    try:
+        from megatron.core import parallel_state as state
+    except ImportError as error:
+        raise RecipeError(
+            "Megatron-Core is not installed; say where this rank is with parallel=Parallel(…)"
+        ) from error
+    try:
+        return Parallel(
+            state.get_tensor_model_parallel_world_size(),
+            state.get_tensor_model_parallel_rank(),
+            state.get_pipeline_model_parallel_world_size(),
+            state.get_pipeline_model_parallel_rank(),
+            tp_group=state.get_tensor_model_parallel_group(),
+        )
+    except AssertionError as error:
+        raise RecipeError(
+            f"Megatron's parallel state is not initialised ({error}); initialise it, or say where "
+            f"this rank is with parallel=Parallel(…)"
+        ) from error
