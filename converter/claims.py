@@ -6,7 +6,14 @@ from collections.abc import Mapping
 
 import torch
 
-from .errors import MissingTensorError, ShapeError, UnknownTensorError
+from fuseport.kernels.move import FLOATS
+
+from .errors import (
+    MissingTensorError,
+    ShapeError,
+    UnknownTensorError,
+    UnsupportedOptionError,
+)
 
 Spellings = tuple[str, ...]
 
@@ -30,6 +37,7 @@ class Claims:
         Raises:
             UnknownTensorError: it is there under two spellings.
             ShapeError: it has another shape.
+            UnsupportedOptionError: its dtype is not one that is converted.
         """
         found = [name for name in spellings if name in self._left]
         if not found:
@@ -40,6 +48,7 @@ class Claims:
             )
         tensor = self._left.pop(found[0])
         _check_shape(found[0], tuple(tensor.shape), shape)
+        _check_dtype(found[0], tensor.dtype)
         return tensor
 
     def need(self, spellings: Spellings, shape: tuple[int | None, ...]) -> torch.Tensor:
@@ -81,6 +90,15 @@ class PartialClaims(Claims):
         if tensor is None:
             tensor = torch.empty([size or 0 for size in shape], device="meta")
         return tensor
+
+
+def _check_dtype(name: str, dtype: torch.dtype) -> None:
+    if dtype not in FLOATS:
+        known = ", ".join(str(one).removeprefix("torch.") for one in FLOATS)
+        raise UnsupportedOptionError(
+            f"{name} has dtype {dtype}, but weights are converted from {known} only; save the "
+            f"checkpoint with one of these"
+        )
 
 
 def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int | None, ...]) -> None:

@@ -12,7 +12,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .errors import ModelError
+from .errors import ModelError, UnsupportedOptionError
 from .facts import (
     ACTIVATIONS,
     FLAG,
@@ -115,6 +115,16 @@ class ModelSpec:
                     f"num_query_groups = {groups} does not divide num_attention_heads = {heads}; "
                     f"correct them with --fact"
                 )
+        if 0 < self.num_moe_experts < self.moe_router_topk:
+            raise ModelError(
+                f"moe_router_topk = {self.moe_router_topk} exceeds num_moe_experts = "
+                f"{self.num_moe_experts}; correct them with --fact"
+            )
+        if self.num_moe_experts and self.add_bias_linear:
+            raise UnsupportedOptionError(
+                "the model sets add_bias_linear and has experts: experts' biases are not "
+                "converted; export a model without them"
+            )
         for name in ("moe_layers", "blocks"):
             count = len(getattr(self, name))
             if count not in (0, self.num_layers):

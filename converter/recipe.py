@@ -81,6 +81,10 @@ def check(spec: ModelSpec, recipe: Recipe) -> None:
             _divides("ffn_hidden_size", block.ffn_hidden_size, "tp_size", tp)
         if "linear" in (block.attention, block.mlp):
             _divides("hidden_size", spec.hidden_size, "tp_size", tp)
+    if not spec.num_moe_experts and recipe.moe_ep_size > 1:
+        raise RecipeError(
+            f"moe_ep_size = {recipe.moe_ep_size}, but the model has no experts; leave out --ep"
+        )
     if spec.num_moe_experts:
         _divides("tp_size", tp, "moe_ep_size", recipe.moe_ep_size)
         _divides("num_moe_experts", spec.num_moe_experts, "moe_ep_size", recipe.moe_ep_size)
@@ -88,7 +92,9 @@ def check(spec: ModelSpec, recipe: Recipe) -> None:
         shared = spec.moe_shared_expert_intermediate_size
         _divides("moe_shared_expert_intermediate_size", shared, "tp_size", tp)
     if recipe.pp_size > spec.num_layers:
-        raise RecipeError(f"pp_size {recipe.pp_size} exceeds the {spec.num_layers} layers")
+        raise RecipeError(
+            f"pp_size = {recipe.pp_size} exceeds the {spec.num_layers} layers; choose a smaller one"
+        )
 
 
 def _divides(what: str, size: int, by: str, parts: int) -> None:

@@ -68,7 +68,9 @@ class _Reader:
         weight = self._whole("final_norm.weight", (self.spec.hidden_size,))
         if weight is None:
             return None
-        return Norm(weight, self._whole("final_norm.bias", (self.spec.hidden_size,)), self._shift())
+        find = self.claims.need if self.spec.normalization == "LayerNorm" else self.claims.take
+        bias = find(SPELLINGS["final_norm.bias"], (self.spec.hidden_size,))
+        return Norm(weight, bias, self._shift())
 
     def _output(self) -> torch.Tensor | None:
         """A tied model's last pipeline stage keeps a copy of the embedding: it is not output."""

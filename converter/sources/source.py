@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import SourceError
+from ..errors import ShapeError, SourceError
 from ..plan import storage_key
 from .mp_rank import merge_shards, read_mp_rank
 from .stored import Stored
@@ -88,5 +88,7 @@ def by_layer(name: str, tensor: torch.Tensor) -> dict[str, torch.Tensor]:
     match = STACKED.match(name)
     if match is None:
         return {name: tensor}
+    if not tensor.ndim:
+        raise ShapeError(f"{name} has shape [], but its first axis must count the layers")
     prefix, rest = match.groups()
     return {f"{prefix}{layer}.{rest}": part for layer, part in enumerate(tensor.unbind(0))}

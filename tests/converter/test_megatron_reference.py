@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,206 +24,133 @@ from hypothesis import strategies as st
 if importlib.util.find_spec("megatron") is None:
     pytest.skip("needs megatron-core", allow_module_level=True)
 
+from fuseport_testing.cases import Case, megatron_args
 from fuseport_testing.megatron_reference import (
     NEMOTRON_NAS_NAMES,
-    TransformerConfig,
     reference_distributed,
     reference_single,
     run_single,
+    shard_of,
+    stacked,
+    stage_of,
+    transformer_config,
 )
+from fuseport_testing.spellings import with_te_norms
 
 State = dict[str, torch.Tensor]
 Shapes = dict[str, tuple[int, ...]]
-WORDS = "embedding.word_embeddings.weight"
-LAYER0, TARGET0 = "decoder.layers.0.", "transformer.layers.0."
-DTYPES = ["float32", "bfloat16", "float16"]
-# Quant scales; with weights of at most 4 they stay in e4m3's range, where a cast needs no limit.
+LAYER, TARGET = "decoder.layers.0.", "transformer.layers.0."
+WORDS, HEAD = "embedding.word_embeddings.weight", "lm_head.weight"
+EXPERTS = LAYER + "mlp.experts.experts.linear_fc1.weight"
+# Quant scales; with weights of at most 4 they stay in e4m3's range, where no cast saturates.
 SCALES = [0.1, 0.37, 1.0, 13.7, 100.0]
+NORMS: dict[str, dict[str, Any]] = {
+    "rms": {},
+    "layer": {"normalization": "LayerNorm"},
+    "zero-centred layer": {"normalization": "LayerNorm", "zero_centered": True},
+}
 
 
-@dataclass(frozen=True)
-class Small:
-    """A small model. `norm` is "rms", "layer" or "zero" (a zero-centred LayerNorm).
-
-    `positions` is 0 without learned positions; `padding` counts the rows that training adds to the
-    vocabulary; `moe` has a flag for each layer.
-    """
-
-    hidden: int = 10
-    heads: int = 4
-    groups: int = 4
-    head_size: int = 4
-    ffn: int = 12
-    layers: int = 1
-    vocab: int = 12
-    padding: int = 0
-    positions: int = 0
-    norm: str = "rms"
-    gated: bool = True
-    bias: bool = False
-    qkv_bias: bool = False
-    tied: bool = False
-    experts: int = 0
-    moe: tuple[bool, ...] = ()
-    te_norms: bool = False
-    model_type: str = "llama"
-
-    @property
-    def activation(self) -> str:
-        """TensorRT-LLM's name, as users give it to the reference."""
-        return "swiglu" if self.gated else "gelu"
-
-    def spec(self, **changes: object) -> ModelSpec:
-        spec = ModelSpec(
-            num_layers=self.layers,
-            hidden_size=self.hidden,
-            num_attention_heads=self.heads,
-            ffn_hidden_size=self.ffn,
-            num_query_groups=self.groups,
-            kv_channels=self.head_size,
-            vocab_size=self.vocab,
-            model_type=self.model_type,
-            normalization="RMSNorm" if self.norm == "rms" else "LayerNorm",
-            layernorm_zero_centered_gamma=self.norm == "zero",
-            gated_linear_unit=self.gated,
-            activation_func="silu" if self.gated else "gelu",
-            add_bias_linear=self.bias,
-            add_qkv_bias=self.qkv_bias,
-            position_embedding_type="learned_absolute" if self.positions else "rope",
-            share_embeddings_and_output_weights=self.tied,
-            num_moe_experts=self.experts,
-            moe_ffn_hidden_size=self.ffn if self.experts else 0,
-            moe_layers=self.moe,
-        )
-        return spec.replace(**changes)
-
-    def config(self, **changes: object) -> Any:
-        """Megatron-Core's own configuration, which the reference reads."""
-        spec = self.spec(**changes)
-        names = (
-            "num_layers hidden_size num_attention_heads ffn_hidden_size num_query_groups "
-            "kv_channels normalization layernorm_zero_centered_gamma gated_linear_unit "
-            "add_bias_linear add_qkv_bias"
-        )
-        return TransformerConfig(**{name: getattr(spec, name) for name in names.split()})
-
-    def state(self) -> State:
-        """Random fp32 weights, at most 4 in size, that no smaller format holds."""
-        generator = torch.Generator().manual_seed(0)
-        return {
-            name: torch.randn(shape, generator=generator).clamp(-4, 4)
-            for name, shape in self._shapes().items()
-        }
-
-    def _shapes(self) -> Shapes:
-        shapes = {WORDS: (self.vocab + self.padding, self.hidden)}
-        if self.positions:
-            shapes["embedding.position_embeddings.weight"] = (self.positions, self.hidden)
-        for layer in range(self.layers):
-            for name, shape in self._layer(layer).items():
-                shapes[f"decoder.layers.{layer}.{name}"] = shape
-        shapes |= self._norm("decoder.final_layernorm.")
-        if not self.tied:
-            shapes["output_layer.weight"] = shapes[WORDS]
-        return shapes
-
-    def _norm(self, prefix: str) -> Shapes:
-        kinds = ("weight",) if self.norm == "rms" else ("weight", "bias")
-        return {prefix + kind: (self.hidden,) for kind in kinds}
-
-    def _layer(self, layer: int) -> Shapes:
-        """Every part of one layer; Transformer Engine keeps norms in the linears after them."""
-        moe = bool(self.experts) and (not self.moe or self.moe[layer])
-        before = "self_attention.linear_qkv.layer_norm_" if self.te_norms else "input_layernorm."
-        inside = self.te_norms and not moe
-        between = "mlp.linear_fc1.layer_norm_" if inside else "pre_mlp_layernorm."
-        mlp = self._experts() if moe else self._mlp()
-        return self._norm(before) | self._attention() | self._norm(between) | mlp
-
-    def _attention(self) -> Shapes:
-        rows = (self.heads + 2 * self.groups) * self.head_size
-        shapes: Shapes = {
-            "self_attention.linear_qkv.weight": (rows, self.hidden),
-            "self_attention.linear_proj.weight": (self.hidden, self.heads * self.head_size),
-        }
-        if self.bias or self.qkv_bias:
-            shapes["self_attention.linear_qkv.bias"] = (rows,)
-        if self.bias:
-            shapes["self_attention.linear_proj.bias"] = (self.hidden,)
-        return shapes
-
-    def _mlp(self) -> Shapes:
-        rows = self.ffn * (2 if self.gated else 1)
-        shapes: Shapes = {
-            "mlp.linear_fc1.weight": (rows, self.hidden),
-            "mlp.linear_fc2.weight": (self.hidden, self.ffn),
-        }
-        if self.bias:
-            shapes |= {"mlp.linear_fc1.bias": (rows,), "mlp.linear_fc2.bias": (self.hidden,)}
-        return shapes
-
-    def _experts(self) -> Shapes:
-        """All experts in one tensor: the only way in which the reference knows them."""
-        rows = self.ffn * (2 if self.gated else 1)
-        return {
-            "mlp.router.weight": (self.experts, self.hidden),
-            "mlp.experts.experts.linear_fc1.weight": (self.experts, rows, self.hidden),
-            "mlp.experts.experts.linear_fc2.weight": (self.experts, self.hidden, self.ffn),
-        }
+def small(**changes: Any) -> Case:
+    """A case of one layer whose sizes are as unlike each other as they may be."""
+    sizes = {"hidden": 10, "heads": 4, "kv_channels": 4, "ffn": 12, "layers": 1, "vocab": 12}
+    options: dict[str, Any] = {"query_groups": 4, **sizes, **changes}
+    options.setdefault("padded_vocab", options["vocab"])
+    options.setdefault("moe_ffn", options["ffn"])
+    options.setdefault("activation", "silu" if options.get("gated", True) else "gelu")
+    return Case("small", "LlamaForCausalLM", **options)
 
 
-def stacked(state: State, layers: int) -> State:
-    """One tensor for all layers, along a leading axis."""
-    result = {name: value for name, value in state.items() if ".layers." not in name}
-    for name in state:
-        if name.startswith(LAYER0):
-            rest = name.removeprefix(LAYER0)
-            every = [state[f"decoder.layers.{layer}.{rest}"] for layer in range(layers)]
-            result[f"decoder.layers.{rest}"] = torch.stack(every)
-    return result
+def spec_of(case: Case, model_type: str = "llama") -> ModelSpec:
+    return ModelSpec.from_facts(vars(megatron_args(case, 1, 1)), model_type=model_type)
 
 
-def stage_of(state: State, small: Small, pp: int, pp_rank: int) -> State:
-    """What one pipeline stage holds: its layers counted from 0, and the ends that it has."""
-    layers = torch.tensor_split(torch.arange(small.layers), pp)[pp_rank].tolist()
-    held: State = {}
-    for name, value in state.items():
-        if name.startswith("decoder.layers."):
-            number, rest = name.removeprefix("decoder.layers.").split(".", 1)
-            if int(number) in layers:
-                held[f"decoder.layers.{int(number) - layers[0]}.{rest}"] = value
-        elif pp_rank == (0 if name.startswith("embedding.") else pp - 1):
-            held[name] = value
-    if small.tied and 0 < pp_rank == pp - 1:
-        # Megatron-Core copies a tied embedding to the stage that needs it as the output.
-        held["output_layer.weight"] = state[WORDS]
-    return held
-
-
-def shard_of(state: State, small: Small, tp: int, rank: int) -> State:
-    """A tensor-parallel rank's share, as Megatron-Core keeps it; a gated fc1 is cut in halves."""
-    halves = 2 if small.gated else 1
+def random_state(case: Case) -> State:
+    """Random fp32 weights, at most 4 in size, that no smaller format holds; experts stacked."""
+    shapes = {WORDS: (case.padded_vocab, case.hidden)}
+    if not case.rope:
+        shapes["embedding.position_embeddings.weight"] = (case.positions, case.hidden)
+    for layer in range(case.layers):
+        mlp = _experts(case) if case.is_moe(layer) else _mlp(case)
+        for name, shape in (_attention(case) | mlp).items():
+            shapes[f"decoder.layers.{layer}.{name}"] = shape
+    shapes |= _norm(case, "decoder.final_layernorm")
+    if not case.tied:
+        shapes["output_layer.weight"] = shapes[WORDS]
+    generator = torch.Generator().manual_seed(0)
     return {
-        name: torch.cat([half.chunk(tp, axis)[rank] for half in value.chunk(parts, axis)], axis)
-        if axis >= 0
-        else value
-        for name, value in state.items()
-        for axis, parts in [_cut(name, halves)]
+        name: torch.randn(shape, generator=generator).clamp(-4, 4) for name, shape in shapes.items()
     }
 
 
-def _cut(name: str, halves: int) -> tuple[int, int]:
-    """(axis that is split or -1, number of parts that are each split)."""
-    if name.endswith(("linear_fc1.weight", "linear_fc1.bias")):
-        return 0, halves
-    rows = ("word_embeddings.weight", "output_layer.weight", "qkv.weight", "qkv.bias")
-    if name.endswith(rows):
-        return 0, 1
-    return (1, 1) if name.endswith(("linear_proj.weight", "linear_fc2.weight")) else (-1, 1)
+def _norm(case: Case, name: str) -> Shapes:
+    kinds = ("weight",) if case.normalization == "RMSNorm" else ("weight", "bias")
+    return {f"{name}.{kind}": (case.hidden,) for kind in kinds}
 
 
-def given_scales(scales: Mapping[str, float]) -> dict[str, GivenScale]:
-    return {module: GivenScale(value) for module, value in scales.items()}
+def _attention(case: Case) -> Shapes:
+    rows = (case.heads + 2 * case.query_groups) * case.kv_channels
+    columns = case.heads * case.kv_channels
+    shapes = _norm(case, "input_layernorm") | _norm(case, "pre_mlp_layernorm")
+    shapes["self_attention.linear_qkv.weight"] = (rows, case.hidden)
+    shapes["self_attention.linear_proj.weight"] = (case.hidden, columns)
+    if case.qkv_bias or case.linear_bias:
+        shapes["self_attention.linear_qkv.bias"] = (rows,)
+    if case.linear_bias:
+        shapes["self_attention.linear_proj.bias"] = (case.hidden,)
+    return shapes
+
+
+def _mlp(case: Case) -> Shapes:
+    rows = case.ffn * (2 if case.gated else 1)
+    shapes: Shapes = {
+        "mlp.linear_fc1.weight": (rows, case.hidden),
+        "mlp.linear_fc2.weight": (case.hidden, case.ffn),
+    }
+    if case.linear_bias:
+        shapes |= {"mlp.linear_fc1.bias": (rows,), "mlp.linear_fc2.bias": (case.hidden,)}
+    return shapes
+
+
+def _experts(case: Case) -> Shapes:
+    count, rows = case.experts or 0, case.moe_ffn * (2 if case.gated else 1)
+    return {
+        "mlp.router.weight": (count, case.hidden),
+        "mlp.experts.experts.linear_fc1.weight": (count, rows, case.hidden),
+        "mlp.experts.experts.linear_fc2.weight": (count, case.hidden, case.moe_ffn),
+    }
+
+
+def theirs(
+    case: Case, tp: int = 1, pp: int = 1, state: State | None = None, **options: Any
+) -> list[State]:
+    """The single-device reference; fp32 unless `options` say otherwise."""
+    options = {"dtype": "float32", "activation": "swiglu" if case.gated else "gelu"} | options
+    state = random_state(case) if state is None else state
+    return reference_single(state, transformer_config(case), tp, pp, **options)
+
+
+def ours(
+    case: Case,
+    recipe: Recipe,
+    state: State | None = None,
+    scales: Mapping[str, float] | None = None,
+    model_type: str = "llama",
+) -> list[State]:
+    """fuseport on a whole model."""
+    state = random_state(case) if state is None else state
+    given_scales = {module: GivenScale(value) for module, value in (scales or {}).items()}
+    return convert_state_dict(state, spec_of(case, model_type), recipe, scales=given_scales)
+
+
+def fp32(tp: int = 1, pp: int = 1) -> Recipe:
+    return Recipe(tp_size=tp, pp_size=pp, dtype="float32")
+
+
+def shards(case: Case, tp: int, pp: int = 1, pp_rank: int = 0) -> list[State]:
+    """A stage's tensor-parallel shards of the case's random state."""
+    held = stage_of(random_state(case), case, pp, pp_rank)
+    return [shard_of(held, case, tp, rank) for rank in range(tp)]
 
 
 def assert_same_bits(found: State, expected: Mapping[str, torch.Tensor]) -> None:
@@ -232,19 +158,15 @@ def assert_same_bits(found: State, expected: Mapping[str, torch.Tensor]) -> None
     for name, tensor in found.items():
         other = expected[name]
         assert (tensor.dtype, tensor.shape) == (other.dtype, other.shape), name
-        ours, theirs = (one.flatten().contiguous().view(torch.uint8) for one in (tensor, other))
-        assert torch.equal(ours, theirs), name
+        mine, its = (one.flatten().contiguous().view(torch.uint8) for one in (tensor, other))
+        assert torch.equal(mine, its), name
 
 
-def without_routers(tensors: State, dtype: torch.dtype | None = None) -> State:
-    """The rest, after a check that routers are fp32, or of `dtype`."""
-    kept = {}
-    for name, value in tensors.items():
-        if name.endswith("router.weight"):
-            assert value.dtype is (dtype or torch.float32)
-        else:
-            kept[name] = value
-    return kept
+def without_routers(tensors: State, dtype: torch.dtype) -> State:
+    """The rest, after a check that the routers are of `dtype`."""
+    routers = {name for name in tensors if name.endswith("router.weight")}
+    assert all(tensors[name].dtype is dtype for name in routers)
+    return {name: value for name, value in tensors.items() if name not in routers}
 
 
 # -- whatever the reference gets right
@@ -257,139 +179,336 @@ def layer_options(draw: st.DrawFn, tp: int) -> dict[str, Any]:
         "hidden": draw(st.integers(3, 9)),
         "ffn": tp * draw(st.integers(1, 4)),
         "layers": draw(st.integers(1, 3)),
-        "norm": draw(st.sampled_from(["rms", "layer", "zero"])),
         "gated": draw(st.booleans()),
         "qkv_bias": draw(st.booleans()),
-        "te_norms": draw(st.booleans()),
+        **NORMS[draw(st.sampled_from(sorted(NORMS)))],
     }
 
 
 @st.composite
-def scales_of(draw: st.DrawFn, small: Small, layers: int) -> dict[str, float]:
+def scales_of(draw: st.DrawFn, case: Case, layers: int) -> dict[str, float]:
     """Quant scales for some of the linear layers."""
     parts = ["attention.qkv", "attention.dense", "mlp.fc", "mlp.proj"]
-    if small.gated and not small.experts:
+    if case.gated and not case.experts:
         parts.append("mlp.gate")
     modules = [f"transformer.layers.{layer}.{part}" for layer in range(layers) for part in parts]
     return draw(st.dictionaries(st.sampled_from(modules), st.sampled_from(SCALES), max_size=6))
 
 
 @st.composite
-def whole_models(draw: st.DrawFn) -> tuple[Small, Recipe, bool, dict[str, float]]:
-    """(model, recipe, are the reference's layers stacked, scales)."""
-    tp = draw(st.integers(1, 4))
+def whole_models(draw: st.DrawFn, tp: int) -> Case:
+    """A model that `tp` divides: into whole KV heads, or with repeated ones."""
     options = draw(layer_options(tp))
-    repeats = draw(st.sampled_from([n for n in range(1, tp + 1) if tp % n == 0]))
-    groups = draw(st.sampled_from([tp // repeats, tp * draw(st.integers(1, 2))]))
-    queries = draw(st.integers(1, 3)) * tp // math.gcd(tp, groups)
-    experts = draw(st.sampled_from([0, 0, 2, 3]))
-    tied = draw(st.booleans())
-    mixed = tuple(draw(st.booleans()) for _ in range(options["layers"]))
-    small = Small(
-        **options | ({"gated": True} if experts else {}),
-        heads=groups * queries,
-        groups=groups,
-        head_size=draw(st.integers(1, 6)),
+    groups = draw(st.sampled_from([n for n in range(1, 2 * tp + 1) if tp % n == 0 or n % tp == 0]))
+    experts = draw(st.sampled_from([None, 2, 3]))
+    moe_layers = st.tuples(*[st.integers(0, 1)] * options["layers"])
+    if experts:
+        options |= {"gated": True, "moe_layers": draw(st.none() | moe_layers)}
+    tied, positions = draw(st.booleans()), tp * draw(st.integers(0, 3))
+    return small(
+        **options,
+        heads=groups * draw(st.integers(1, 3)) * tp // math.gcd(tp, groups),
+        query_groups=groups,
+        kv_channels=draw(st.integers(1, 6)),
         vocab=draw(st.integers(4, 13)) * (1 if tied else tp),
-        positions=tp * draw(st.integers(0, 3)),
-        bias=not experts and draw(st.booleans()),
+        positions=positions or 8,
+        rope=not positions,
+        linear_bias=not experts and draw(st.booleans()),
         tied=tied,
         experts=experts,
-        moe=draw(st.sampled_from([(), mixed])) if experts else (),
-        model_type=draw(st.sampled_from(["llama", "falcon"])),
     )
-    pp = draw(st.integers(1, small.layers))
-    recipe = Recipe(
-        tp_size=tp,
-        pp_size=pp,
-        dtype=draw(st.sampled_from(DTYPES)),
-        use_parallel_embedding=draw(st.booleans()),
-    )
-    # The layers of a stack are alike.
-    one_tensor = not small.moe and draw(st.booleans())
-    return small, recipe, one_tensor, draw(scales_of(small, small.layers)) if pp == 1 else {}
 
 
-@settings(max_examples=150, deadline=None)
-@given(whole_models())
-def test_whole_models(drawn: tuple[Small, Recipe, bool, dict[str, float]]) -> None:
-    small, recipe, one_tensor, scales = drawn
-    state = small.state()
-    found = convert_state_dict(state, small.spec(), recipe, scales=given_scales(scales))
-    expected = reference_single(
-        stacked(state, small.layers) if one_tensor else state,
-        small.config(),
-        recipe.tp_size,
-        recipe.pp_size,
-        recipe.dtype,
-        parallel_embedding=recipe.use_parallel_embedding,
-        activation=small.activation,
+@settings(max_examples=250, deadline=None)
+@given(st.data())
+def test_whole_models(data: st.DataObject) -> None:
+    draw = data.draw
+    tp = draw(st.integers(1, 4))
+    case = draw(whole_models(tp))
+    pp = draw(st.integers(1, case.layers))
+    dtype, parallel = draw(st.sampled_from(["float32", "bfloat16", "float16"])), draw(st.booleans())
+    # Over several stages see `test_scales_of_a_later_stage`.
+    scales = draw(scales_of(case, case.layers)) if pp == 1 else {}
+    model_type = draw(st.sampled_from(["llama", "falcon"]))
+    state = random_state(case)
+    state = with_te_norms(state) if draw(st.booleans()) else state
+    one_tensor = case.moe_layers is None and draw(st.booleans())
+    expected = theirs(
+        case,
+        tp,
+        pp,
+        stacked(state, case.layers) if one_tensor else state,
+        dtype=dtype,
+        parallel_embedding=parallel,
         scales=scales,
         split_by_layer=not one_tensor,
-        new_decoder_architecture=small.model_type == "falcon",
+        new_decoder_architecture=model_type == "falcon",
     )
-    for rank, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
-        if small.tied and rank >= recipe.tp_size:
-            ours.pop("lm_head.weight", None)
-        left = without_routers(theirs, recipe.torch_dtype)
-        assert_same_bits(without_routers(ours), left)
+    recipe = Recipe(tp_size=tp, pp_size=pp, dtype=dtype, use_parallel_embedding=parallel)
+    found = ours(case, recipe, state, scales, model_type)
+    for rank, (mine, its) in enumerate(zip(found, expected, strict=True)):
+        if case.tied and rank >= tp:
+            mine.pop(HEAD, None)
+        rest = without_routers(its, recipe.torch_dtype)
+        assert_same_bits(without_routers(mine, torch.float32), rest)
 
 
-@st.composite
-def sharded_models(draw: st.DrawFn) -> tuple[Small, Recipe, dict[str, float]]:
-    """(model, recipe, scales by the names within a stage)."""
-    tp = draw(st.integers(1, 4))
-    options = draw(layer_options(tp))
-    bias = draw(st.booleans())
-    pp = draw(st.integers(1, options["layers"]))
-    groups = tp * draw(st.integers(1, 2))
-    whole_heads = tp if bias or options["qkv_bias"] else 1
-    small = Small(
-        **options,
-        heads=groups * draw(st.integers(1, 3)),
-        groups=groups,
-        head_size=whole_heads * draw(st.integers(1, 4)),
-        vocab=tp * draw(st.integers(2, 7)),
-        padding=draw(st.integers(0, 3)) if tp == 1 else 0,
-        positions=draw(st.integers(0, 5)) if tp == 1 else 0,
-        bias=bias,
-        tied=pp == 1 and draw(st.booleans()),
-    )
-    recipe = Recipe(tp_size=tp, pp_size=pp, dtype=draw(st.sampled_from(DTYPES)))
-    return small, recipe, draw(scales_of(small, -(-small.layers // pp)))
+@pytest.mark.parametrize(("tp", "pp"), [(1, 1), (2, 1), (2, 3)])
+def test_layers_that_are_replaced_or_left_out(tp: int, pp: int) -> None:
+    case = small(layers=3)
+    state = random_state(case)
+    for layer, part in ((1, "self_attention"), (2, "self_attention"), (2, "mlp")):
+        prefix = f"decoder.layers.{layer}.{part}"
+        state = {name: value for name, value in state.items() if not name.startswith(prefix)}
+    for name in ("1.self_attention.weight", "2.mlp.weight"):
+        state[f"decoder.layers.{name}"] = torch.randn(10, 10)
+    del state["decoder.layers.2.input_layernorm.weight"]
+    kinds = (("full", "full"), ("linear", "full"), ("none", "linear"))
+    blocks = tuple(Block(attention, 4, mlp, 12) for attention, mlp in kinds)
+    spec = spec_of(case, "nemotron_nas").replace(blocks=blocks)
+    expected = theirs(case, tp, pp, state, names=NEMOTRON_NAS_NAMES)
+    found = convert_state_dict(state, spec, fp32(tp, pp))
+    for mine, its in zip(found, expected, strict=True):
+        assert_same_bits(mine, its)
 
 
 def check_stage(
-    small: Small, recipe: Recipe, pp_rank: int, scales: Mapping[str, float] | None = None
+    case: Case, recipe: Recipe, pp_rank: int = 0, scales: Mapping[str, float] | None = None
 ) -> None:
-    """Every rank of a stage, converted by itself, against the reference."""
-    tp, held = recipe.tp_size, stage_of(small.state(), small, recipe.pp_size, pp_rank)
-    shards = [shard_of(held, small, tp, rank) for rank in range(tp)]
-    expected = reference_distributed(
-        shards,
-        small.config(),
-        recipe.pp_size,
-        pp_rank,
-        recipe.dtype,
-        small.vocab,
-        activation=small.activation,
-        scales=scales,
+    """Every rank of a stage, converted by itself, against the distributed reference."""
+    held = shards(case, recipe.tp_size, recipe.pp_size, pp_rank)
+    config = transformer_config(case)
+    sizes = (recipe.pp_size, pp_rank, recipe.dtype, case.vocab)
+    expected = reference_distributed(held, config, *sizes, scales=scales)
+    multipliers = {module: GivenScale(value) for module, value in (scales or {}).items()}
+    for rank, (shard, its) in enumerate(zip(held, expected, strict=True)):
+        places = {"tp_rank": rank, "pp_rank": pp_rank}
+        mine = convert_shard(shard, spec_of(case), recipe, **places, scales=multipliers)
+        assert_same_bits(mine, its)
+
+
+@st.composite
+def sharded_models(draw: st.DrawFn, tp: int) -> Case:
+    """A dense model whose KV heads and vocabulary `tp` divides.
+
+    Padded vocabularies, learned positions and tied heads over several ranks have tests of their
+    own.
+    """
+    options, bias = draw(layer_options(tp)), draw(st.booleans())
+    groups = tp * draw(st.integers(1, 2))
+    vocab = tp * draw(st.integers(2, 7))
+    positions = draw(st.integers(0, 5)) if tp == 1 else 0
+    return small(
+        **options,
+        heads=groups * draw(st.integers(1, 3)),
+        query_groups=groups,
+        kv_channels=(tp if bias or options["qkv_bias"] else 1) * draw(st.integers(1, 4)),
+        vocab=vocab,
+        padded_vocab=vocab + (draw(st.integers(0, 3)) if tp == 1 else 0),
+        positions=positions or 8,
+        rope=not positions,
+        linear_bias=bias,
+        tied=draw(st.booleans()),
     )
-    for rank, (shard, theirs) in enumerate(zip(shards, expected, strict=True)):
-        found = convert_shard(
-            shard,
-            small.spec(),
-            recipe,
-            tp_rank=rank,
-            pp_rank=pp_rank,
-            scales=given_scales(scales or {}),
-        )
-        assert_same_bits(found, theirs)
 
 
-@settings(max_examples=100, deadline=None)
-@given(sharded_models())
-def test_shards(drawn: tuple[Small, Recipe, dict[str, float]]) -> None:
-    small, recipe, scales = drawn
-    for pp_rank in range(recipe.pp_size):
-        check_stage(small, recipe, pp_rank, scales)
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_shards(data: st.DataObject) -> None:
+    draw = data.draw
+    tp = draw(st.integers(1, 4))
+    case = draw(sharded_models(tp))
+    pp = 1 if case.tied else draw(st.integers(1, case.layers))
+    dtype = draw(st.sampled_from(["float32", "bfloat16", "float16"]))
+    scales = draw(scales_of(case, -(-case.layers // pp)))
+    for pp_rank in range(pp):
+        check_stage(case, Recipe(tp_size=tp, pp_size=pp, dtype=dtype), pp_rank, scales)
+
+
+# -- where both are right and fuseport is not yet
+
+
+@pytest.mark.xfail(reason="a shard's rows are cut as if training's padding were not there")
+def test_shards_of_a_padded_vocabulary() -> None:
+    check_stage(small(vocab=12, padded_vocab=16), fp32(tp=2))
+
+
+@pytest.mark.xfail(reason="the position table is not split beside the sharded vocabulary")
+def test_shards_with_learned_positions() -> None:
+    check_stage(small(rope=False, positions=8), fp32(tp=2))
+
+
+@pytest.mark.xfail(reason="the last stage's copy of a tied embedding is left out")
+def test_shards_of_a_tied_model_in_stages() -> None:
+    check_stage(small(tied=True, layers=2), fp32(pp=2), pp_rank=1)
+
+
+@pytest.mark.xfail(reason="scales are looked up by the layer's number within its stage")
+def test_scales_of_a_later_stage() -> None:
+    case, scales = small(layers=2), {"transformer.layers.1.mlp.fc": 2.0}
+    expected = theirs(case, pp=2, scales=scales)
+    for mine, its in zip(ours(case, fp32(pp=2), scales=scales), expected, strict=True):
+        assert_same_bits(mine, its)
+
+
+# -- the reference's faults
+
+
+def test_mended_fp8_saturation() -> None:
+    case, name = small(), TARGET + "mlp.proj.weight"
+    scales = {TARGET + "mlp.proj": 1000.0}
+    weight = random_state(case)[LAYER + "mlp.linear_fc2.weight"]
+    assert (weight.abs() > 0.448).any()
+    # Megatron leaves it to torch, which gives NaN before 2.12 and saturates from then on.
+    torch_gives_nan = bool(torch.tensor(1e3).to(torch.float8_e4m3fn).isnan())
+    assert bool(theirs(case, scales=scales)[0][name].isnan().any()) is torch_gives_nan
+    expected = (weight * 1000.0).clamp(-448.0, 448.0).to(torch.float8_e4m3fn)
+    assert_same_bits({name: ours(case, fp32(), scales=scales)[0][name]}, {name: expected})
+
+
+def test_mended_zero_centred_rms_norm() -> None:
+    case = small(zero_centered=True)
+    gamma = random_state(case)[LAYER + "input_layernorm.weight"]
+    name = TARGET + "input_layernorm.weight"
+    assert torch.equal(theirs(case)[0][name], gamma)
+    assert torch.equal(ours(case, fp32())[0][name], gamma + 1)
+
+
+def test_mended_rounding_of_a_zero_centred_norm() -> None:
+    """Not on the way through bf16: fp16 and fp32 hold more of the sum than bf16 does."""
+    case = small(**NORMS["zero-centred layer"])
+    state = {name: value.bfloat16() for name, value in random_state(case).items()}
+    gamma, name = state[LAYER + "input_layernorm.weight"], TARGET + "input_layernorm.weight"
+    assert torch.equal(theirs(case, state=state)[0][name], (gamma + 1).float())
+    assert not torch.equal(theirs(case, state=state)[0][name], gamma.float() + 1)
+    assert torch.equal(ours(case, fp32(), state)[0][name], gamma.float() + 1)
+
+
+def test_mended_sharded_experts() -> None:
+    case = small(experts=2)
+    with pytest.raises(ValueError, match="expert cannot be handled by GPU converter"):
+        reference_distributed(shards(case, 2), transformer_config(case), 1, 0, "float32", 12)
+    gate, up = random_state(case)[EXPERTS].chunk(2, 1)
+    for rank, shard in enumerate(shards(case, 2)):
+        found = convert_shard(shard, spec_of(case), fp32(tp=2), tp_rank=rank)
+        expected = torch.cat([up.chunk(2, 1)[rank], gate.chunk(2, 1)[rank]], 1)
+        assert torch.equal(found[TARGET + "mlp.fc.weight"], expected)
+
+
+def test_mended_experts_kept_apart() -> None:
+    """As Megatron-Core itself has them in memory."""
+    case = small(experts=2)
+    state, whole = {}, random_state(case)
+    for name, value in whole.items():
+        parts = [name.replace("experts.experts", f"experts.local_experts.{e}") for e in (0, 1)]
+        state |= dict(zip(parts, value, strict=True)) if ".experts." in name else {name: value}
+    with pytest.raises(ValueError, match="Unable to rename key"):
+        theirs(case, state=state)
+    assert_same_bits(ours(case, fp32(), state)[0], ours(case, fp32(), whole)[0])
+
+
+def test_mended_experts_without_gate() -> None:
+    """The reference exchanges halves that are none: an expert's rows no longer fit its columns."""
+    case, name = small(experts=2, gated=False), TARGET + "mlp.fc.weight"
+    first = random_state(case)[EXPERTS]
+    assert torch.equal(theirs(case)[0][name], first.roll(6, 1))
+    assert torch.equal(ours(case, fp32())[0][name], first)
+
+
+def test_mended_router_in_fp32() -> None:
+    case, name = small(experts=2), TARGET + "mlp.router.weight"
+    router = random_state(case)[LAYER + "mlp.router.weight"]
+    assert torch.equal(theirs(case, dtype="bfloat16")[0][name], router.bfloat16())
+    assert torch.equal(ours(case, Recipe())[0][name], router)
+
+
+def test_mended_dense_and_experts_in_one_layer() -> None:
+    case = small(experts=2)
+    both = {LAYER + name: torch.ones(shape) for name, shape in _mlp(case).items()}
+    merged = theirs(case, state=both | random_state(case))[0][TARGET + "mlp.fc.weight"]
+    assert torch.equal(merged, theirs(case)[0][TARGET + "mlp.fc.weight"])
+    with pytest.raises(UnknownTensorError, match=r"layers\.0\.mlp\.linear_fc1\.weight"):
+        ours(case, fp32(), both | random_state(case))
+
+
+def test_mended_more_ranks_than_kv_heads() -> None:
+    case = small(query_groups=2)
+    with pytest.raises(RuntimeError, match="shape .* is invalid"):
+        reference_distributed(shards(case, 4), transformer_config(case), 1, 0, "float32", 12)
+    with pytest.raises(RecipeError, match="num_query_groups = 2 on tp_size = 4"):
+        convert_shard(shards(case, 4)[0], spec_of(case), fp32(tp=4), tp_rank=0)
+    q0, q1, k, v = random_state(case)[LAYER + "self_attention.linear_qkv.weight"][16:].chunk(4)
+    found = ours(case, fp32(tp=4))
+    for rank, query in ((2, q0), (3, q1)):
+        assert torch.equal(found[rank][TARGET + "attention.qkv.weight"], torch.cat([query, k, v]))
+
+
+@pytest.mark.parametrize("vocab", [10, 9])
+def test_mended_vocabulary_that_ranks_do_not_divide(vocab: int) -> None:
+    case = small(vocab=vocab)
+    if vocab == 10:
+        assert [len(rank[HEAD]) for rank in theirs(case, tp=4)] == [3, 3, 3, 1]
+    else:
+        with pytest.raises(IndexError):
+            theirs(case, tp=4)
+    found = torch.cat([rank[HEAD] for rank in ours(case, fp32(tp=4))])
+    padding = torch.zeros(12 - vocab, 10)
+    assert torch.equal(found, torch.cat([random_state(case)["output_layer.weight"], padding]))
+
+
+def test_mended_vocabulary_that_shards_do_not_divide() -> None:
+    case = small(vocab=10, padded_vocab=12)
+    with pytest.raises(AssertionError, match="10 is not divisible by 4"):
+        reference_distributed(shards(case, 4), transformer_config(case), 1, 0, "float32", 10)
+    with pytest.raises(RecipeError, match="vocab_size = 10 is not a multiple of tp_size = 4"):
+        convert_shard(shards(case, 4)[0], spec_of(case), fp32(tp=4), tp_rank=0)
+
+
+def test_mended_tied_head_of_a_later_stage() -> None:
+    """Its stage has no embedding to take it from."""
+    case = small(tied=True, layers=2, vocab=11)
+    assert HEAD not in theirs(case, tp=2, pp=2)[2]
+    head = torch.cat([rank[HEAD] for rank in ours(case, fp32(2, 2))[2:]])
+    assert torch.equal(head, torch.cat([random_state(case)[WORDS], torch.zeros(1, 10)]))
+
+
+def test_mended_bias_of_heads_that_ranks_do_not_divide() -> None:
+    """The reference divides a head's size by tp before it multiplies by tp."""
+    case = small(kv_channels=6, qkv_bias=True)
+    with pytest.raises(RuntimeError, match=r"shape '\[1, 3, 4\]' is invalid for input of size 18"):
+        reference_distributed(shards(case, 4), transformer_config(case), 1, 0, "float32", 12)
+    # One head of each kind a rank: its order stays.
+    shard = shards(case, 4)[3]
+    found = convert_shard(shard, spec_of(case), fp32(tp=4), tp_rank=3)
+    bias = shard[LAYER + "self_attention.linear_qkv.bias"]
+    assert torch.equal(found[TARGET + "attention.qkv.bias"], bias)
+
+
+def test_mended_unset_query_groups() -> None:
+    case, state = small(), random_state(small())
+    unset = SimpleNamespace(**vars(transformer_config(case)) | {"num_query_groups": None})
+    with pytest.raises(TypeError, match="NoneType"):
+        reference_single(state, unset, 1, 1, "float32")
+    spec = ModelSpec.from_facts(vars(megatron_args(case, 1, 1)) | {"num_query_groups": None})
+    assert_same_bits(convert_state_dict(state, spec, fp32())[0], theirs(case)[0])
+
+
+def test_mended_callers_dict() -> None:
+    case = small()
+    state = before = random_state(case)
+    emptied = dict(state)
+    run_single(emptied, transformer_config(case), 1, 1, "float32")
+    assert not set(emptied) & set(state)
+    ours(case, fp32(), state)
+    assert_same_bits(state, before)
+
+
+def test_mended_rank_eleven() -> None:
+    """Its tensors end in what those of rank 1 end in, and go there too."""
+    case = small(heads=12, query_groups=12)
+    extra = TARGET + "mlp.proj.weight.11.bin"
+    assert extra in theirs(case, tp=12)[1]
+    found = ours(case, fp32(tp=12))
+    assert not any(name.endswith(".bin") for name in found[1])
+    column = random_state(case)[LAYER + "mlp.linear_fc2.weight"][:, 1:2]
+    assert torch.equal(found[1][TARGET + "mlp.proj.weight"], column)
