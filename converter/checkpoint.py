@@ -16,15 +16,18 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 import xxhash
 
-from .errors import OutputError
+from .errors import OutputError, VerificationError
 from .plan import Planned
 
 MANIFEST = "fuseport-manifest.json"
 _BLOCK = 16 << 20
+# Larger than any that is written; a file that claims to be one must not fill the memory.
+MAX_JSON_BYTES = 1 << 30
 
 # safetensors' names of the dtypes.
 DTYPE_NAMES = {
@@ -138,6 +141,24 @@ def write_json(path: Path, values: object) -> None:
         os.fsync(stream.fileno())
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        VerificationError: it is not there, or holds something else.
+    """
+    try:
+        with path.open("rb") as stream:
+            values = json.loads(stream.read(MAX_JSON_BYTES))
+    except (OSError, ValueError, RecursionError) as error:
+        raise VerificationError(
+            f"{path} cannot be read ({error}); expected a directory that fuseport converted"
+        ) from error
+    if not isinstance(values, dict):
+        raise VerificationError(f"{path} does not hold a JSON object; convert again")
+    return values
+
+
 @contextmanager
 def publish(out: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
     """A partial directory beside `out` that becomes `out` if the block ends well.
@@ -145,17 +166,18 @@ def publish(out: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
     Otherwise it is removed, and what `out` was stays.
 
     Raises:
-        OutputError: `out` exists (and `overwrite` is off), is no directory, or its file system
-            has less than `needed` bytes free.
+        OutputError: `out` exists (and `overwrite` is off, or it holds what was not written here),
+            cannot be written, or its file system has less than `needed` bytes free.
     """
-    _check_destination(out, overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    _check_space(out.parent, needed)
-    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
+    out = Path(os.path.abspath(out))
+    partial = out.parent / f"{out.name}.partial-{secrets.token_hex(4)}"
     try:
+        _check_destination(out, overwrite)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _check_space(out.parent, needed)
         partial.mkdir()
         yield partial
-        _replace(partial, out)
+        _replace(partial, out, overwrite)
     except OSError as error:
         raise OutputError(
             f"cannot write {out}: {error.strerror or error}; nothing was kept"
@@ -165,11 +187,18 @@ def publish(out: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
 
 
 def _check_destination(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        raise OutputError(f"{out} is a file; expected a directory to create")
-    if not out.exists() or overwrite:
+    if not os.path.lexists(out):
         return
-    raise OutputError(f"{out} exists; choose another directory, or give --overwrite")
+    if out.is_symlink() or not out.is_dir():
+        raise OutputError(f"{out} is a file or a link; expected a directory to create")
+    if not overwrite:
+        raise OutputError(f"{out} exists; choose another directory, or give --overwrite")
+    # Replacing deletes: a source, or a home directory, must survive a slip of the keyboard.
+    if not (out / MANIFEST).is_file() or any(entry.is_dir() for entry in out.iterdir()):
+        raise OutputError(
+            f"{out} is not just a converted checkpoint (it has no {MANIFEST}, or has directories), "
+            f"so --overwrite does not replace it; choose another directory, or remove it yourself"
+        )
 
 
 def _check_space(directory: Path, needed: int) -> None:
@@ -180,16 +209,21 @@ def _check_space(directory: Path, needed: int) -> None:
         )
 
 
-def _replace(partial: Path, out: Path) -> None:
-    """Rename into place; an old directory steps aside first and goes last."""
+def _replace(partial: Path, out: Path, overwrite: bool) -> None:
+    """Rename into place; an old directory steps aside first, and comes back if that fails.
+
+    A directory that another process put there in the meantime is an OSError.
+    """
     _sync_directory(partial)
-    if out.exists():
-        old = out.with_name(f"{out.name}.old-{secrets.token_hex(4)}")
-        out.rename(old)
+    old = out.with_name(f"{out.name}.old-{secrets.token_hex(4)}")
+    try:
+        if overwrite and out.exists():
+            out.rename(old)
         partial.rename(out)
-        shutil.rmtree(old)
-    else:
-        partial.rename(out)
+    finally:
+        if old.exists() and not out.exists():
+            old.rename(out)
+        shutil.rmtree(old, ignore_errors=True)
     _sync_directory(out.parent)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,8 +30,9 @@ app = typer.Typer(
 console = Console()
 errors = Console(stderr=True)
 
-# Exit codes: 1 for what the user can mend, 130 for an interruption (128 + SIGINT).
-FAILED, INTERRUPTED = 1, 130
+# Exit codes: 1 for what the user can mend, 128 + its number for a signal (130: Ctrl-C).
+FAILED, SIGNALLED = 1, 128
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 Source = Annotated[Path, typer.Argument(help="A torch_dist or mp_rank_* checkpoint's directory.")]
 Out = Annotated[Path, typer.Argument(help="The directory to create.")]
@@ -61,7 +64,7 @@ def convert(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
     """Convert a Megatron checkpoint. OUT appears whole or not at all."""
-    facts = _facts(spec, fact) | ({"vocab_size": vocab_size} if vocab_size else {})
+    facts = _facts(spec, fact) | ({} if vocab_size is None else {"vocab_size": vocab_size})
     recipe = Recipe(
         target=target,
         tp_size=tp,
@@ -129,38 +132,71 @@ def _facts(file: Path | None, pairs: list[str] | None) -> dict[str, Any]:
     if file is not None:
         facts |= _read_yaml(file)
     for pair in pairs or []:
-        name, equals, value = pair.partition("=")
-        if not equals:
+        name, _, text = pair.partition("=")
+        value = _yaml(text, f"--fact {pair!r}")
+        if not name or value is None:
             raise RecipeError(f"--fact {pair!r}: expected NAME=VALUE")
-        facts[name] = yaml.safe_load(value)
+        facts[name] = value
     return facts
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
     try:
-        values = yaml.safe_load(file.read_text())
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
+        text = file.read_text()
+    except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"--spec {file} cannot be read: {error}") from error
-    if not isinstance(values, dict):
+    values = _yaml(text, f"--spec {file}")
+    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise RecipeError(f"--spec {file}: expected lines of 'name: value'")
     return values
+
+
+def _yaml(text: str, what: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    # Tags and deep nesting make yaml raise nearly anything.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise RecipeError(f"{what} cannot be read as YAML: {reason}") from error
+
+
+class _Stopped(BaseException):
+    """A signal that ends the program; not KeyboardInterrupt, which click handles by itself."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(number)
+        self.number = number
+
+
+def _stop(number: int, _frame: object) -> None:
+    # What the first one sets going, a second one must not cut short.
+    for one in STOPS:
+        signal.signal(one, signal.SIG_IGN)
+    raise _Stopped(number)
 
 
 @contextmanager
 def _readable_errors() -> Iterator[None]:
     """One paragraph and an exit code instead of a traceback."""
+    for one in STOPS:
+        if signal.getsignal(one) is not signal.SIG_IGN:
+            signal.signal(one, _stop)
     try:
         yield
     except FuseportError as error:
         errors.print(f"[red]{type(error).__name__}[/]: ", end="")
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(FAILED)
-    except KeyboardInterrupt:
-        errors.print("interrupted; nothing was kept")
-        sys.exit(INTERRUPTED)
+    except _Stopped as stopped:
+        errors.print(f"stopped by {signal.Signals(stopped.number).name}; nothing was kept")
+        sys.exit(SIGNALLED + stopped.number)
 
 
 def main() -> None:
     """Entry point of the `fuseport` command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # A log in ASCII gets a ? for ×, and no error.
+            stream.reconfigure(errors="replace")
     with _readable_errors():
         app(standalone_mode=True)

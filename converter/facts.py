@@ -86,7 +86,8 @@ class Kind:
         """Raise ModelError, naming the fact, unless `value` fits."""
         if not self.fits(value):
             raise ModelError(
-                f"the model's {name} must be {self.words}, found {reprlib.repr(value)}; "
+                f"the model's {name} must be {self.words}, found "
+                f"{'nothing' if value is None else reprlib.repr(value)}; "
                 f"give it with --fact {name}=VALUE, or as a line '{name}: VALUE' of a file for "
                 f"--spec"
             )
@@ -178,10 +179,11 @@ def check_names(names: Iterable[str], known: Mapping[str, Iterable[str]]) -> Non
         if name not in known:
             same = [fact for fact, others in known.items() if name in others]
             close = same or difflib.get_close_matches(str(name), known, n=3)
-            hint = f"; did you mean {' or '.join(close)}?" if close else ""
+            every = ", ".join(fact for fact in known if fact not in REFUSED)
+            hint = f"did you mean {' or '.join(close)}?" if close else f"known: {every}"
             raise ModelError(
-                f"{reprlib.repr(name)} is not the name of a model fact{hint} "
-                f"(--fact and --spec take: {', '.join(known)})"
+                f"{reprlib.repr(name)} is not the name of a model fact that --fact, --spec and "
+                f"overrides take; {hint}"
             )
 
 

@@ -19,14 +19,15 @@ import torch.distributed as dist
 from .backend import choose
 from .errors import RecipeError
 from .exchange import exchange_rows, kv_ranges, vocabulary_ranges
+from .host_output import HostOutput
 from .megatron_base import WeightsConverter, str_dtype_to_torch
 from .megatron_names import MODULES, to_megatron
 from .megatron_single import SingleDeviceTRTLLMModelWeightsConverter
 from .model import ModelSpec
 from .parallel import Parallel, current_parallel
-from .plan import Planned, build
+from .plan import Planned, build, on_meta
 from .sources.megatron import read_model
-from .state import plan_memory, weights
+from .state import plan_memory, run_plan, weights
 from .targets.trtllm_config import pp_layers
 
 __all__ = [
@@ -79,6 +80,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
             raise RecipeError(f"output {output!r} is neither 'host' nor 'cuda'")
         place = parallel or current_parallel()
         self.parallel, self.output, self.consume = place, output, consume
+        self._host = HostOutput()
         self.inference_tp_size, self.tp_rank = place.tp_size, place.tp_rank
         self.inference_pp_size, self.pp_rank = place.pp_size, place.pp_rank
         self.tp_group: dist.ProcessGroup | None = place.tp_group
@@ -108,17 +110,24 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         spec = self._shard_facts(tensors, trtllm_conversion_dict)
         recipe = self.recipe(use_parallel_embedding=True)
         scales = self.given_scales(next(iter(tensors.values())).device)
-        plan = plan_memory(tensors, read_model(tensors, spec), spec, recipe, scales)
+        model = read_model(tensors, spec)
+        allocate = on_meta if self.output == "host" else None
+        plan = plan_memory(tensors, model, spec, recipe, scales, allocate)
         if self.consume:
             model_state_dict.clear()
         self._store(plan)
 
     def _store(self, plan: list[Planned]) -> None:
-        run = choose(self.backend, plan[0].dst.device)
-        run([move for planned in plan for move in planned.moves])
-        for planned in plan:
-            result = planned.dst.cpu() if self.output == "host" else planned.dst
-            self.trtllm_model_weights[planned.name] = result
+        """Run the plan; its destinations are on meta where the results go to the host."""
+        device = plan[0].moves[0].src.device
+        run = choose(self.backend, device)
+        if self.output == "host":
+            results = self._host.fill(plan, run, device)
+        else:
+            run([move for planned in plan for move in planned.moves])
+            results = [planned.dst for planned in plan]
+        names = (planned.name for planned in plan)
+        self.trtllm_model_weights |= dict(zip(names, results, strict=True))
 
     def _own_rows(
         self, tensors: dict[str, torch.Tensor], vocab_size: int
@@ -181,8 +190,11 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
 
     def _add_to_trtllm_model_weights(self, val: torch.Tensor, layer_name: str) -> None:
         """Store one tensor; a matrix is given [in, out] and stored [out, in]."""
-        result = self.cast(layer_name, val.detach().T if val.ndim == 2 else val.detach())
-        self.trtllm_model_weights[layer_name] = result.cpu() if self.output == "host" else result
+        stored = val.detach().T if val.ndim == 2 else val.detach()
+        self._keep(layer_name, self.cast(layer_name, stored))
+
+    def _keep(self, name: str, tensor: torch.Tensor) -> None:
+        self.trtllm_model_weights[name] = tensor.cpu() if self.output == "host" else tensor
 
     def _convert_transformer_layer(self, layer_name: str, val: torch.Tensor) -> None:
         """Convert one tensor of a layer, given by its target name and as Megatron has it."""
@@ -190,7 +202,10 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         spec = self._shard_facts(tensors, {layer_name: layer_name})
         if self.inference_tp_size > self.num_kv_heads:
             tensors |= self._own_heads(tensors)
-        self._store(build(self.partial_targets(tensors, spec, self.recipe()), val.new_empty))
+        plan = build(self.partial_targets(tensors, spec, self.recipe()), val.new_empty)
+        run_plan(plan, self.backend)
+        for planned in plan:
+            self._keep(planned.name, planned.dst)
 
     def _convert_non_transformer_layer(
         self, model_state_dict: dict[str, torch.Tensor], layer_name: str

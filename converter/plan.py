@@ -98,7 +98,8 @@ def _merge(spans: list[tuple[int, int]]) -> Iterator[Interval]:
 
 def bind(view: torch.Tensor, memory: torch.Tensor, first: int) -> torch.Tensor:
     """The view over real memory: `memory` is 1-D and begins at element `first` of its storage."""
-    return memory.as_strided(view.shape, view.stride(), view.storage_offset() - first)
+    offset = memory.storage_offset() + view.storage_offset() - first
+    return memory.as_strided(view.shape, view.stride(), offset)
 
 
 def batches(plan: Iterable[Planned], limit: int) -> Iterator[list[Planned]]:

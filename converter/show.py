@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console, RenderableType
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     DownloadColumn,
@@ -21,11 +22,11 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from .checkpoint import MANIFEST
+from .checkpoint import MANIFEST, read_json
 from .convert import CheckpointPlan, Report
 from .model import ModelSpec
 from .sources.source import Source, open_source
-from .verify import Verification, read_manifest
+from .verify import SETTINGS, Verification, read_manifest
 
 
 def size(nbytes: float) -> str:
@@ -67,13 +68,13 @@ def plan_table(plan: CheckpointPlan) -> Table:
 
 def report_text(report: Report) -> str:
     """One paragraph about a finished conversion."""
-    lines = [f"wrote {report.out}: {report.tensors} tensors, {size(report.nbytes)}"]
+    lines = [f"wrote {escape(str(report.out))}: {report.tensors} tensors, {size(report.nbytes)}"]
     for what, counts in (("overflow", report.saturated), ("are NaN or Inf", report.nonfinite)):
         if counts:
             worst = max(counts, key=lambda name: counts[name])
             lines.append(
                 f"[yellow]warning[/]: {sum(counts.values())} values in {len(counts)} tensors "
-                f"{what}, most in {worst} ({counts[worst]})"
+                f"{what}, most in {escape(worst)} ({counts[worst]})"
             )
     return "\n".join(lines)
 
@@ -81,7 +82,7 @@ def report_text(report: Report) -> str:
 def verification_text(out: Path, result: Verification) -> str:
     """One paragraph about a passed verification."""
     lines = [
-        f"[green]verified[/] {out}: {result.files} files, {result.tensors} tensors, "
+        f"[green]verified[/] {escape(str(out))}: {result.files} files, {result.tensors} tensors, "
         f"{size(result.nbytes)}: digests and structure"
     ]
     if result.accounting is not None:
@@ -91,7 +92,9 @@ def verification_text(out: Path, result: Verification) -> str:
             f"source elements: {counts.once:,} used once, {counts.repeated:,} repeated (KV heads, "
             f"norms and embeddings on several ranks), {sum(counts.dropped.values()):,} dropped"
         )
-        lines += [f"  dropped {n:,} of {name} (padding)" for name, n in counts.dropped.items()]
+        lines += [
+            f"  dropped {n:,} of {escape(name)} (padding)" for name, n in counts.dropped.items()
+        ]
     return "\n".join(lines)
 
 
@@ -116,17 +119,17 @@ def _facts_table(spec: ModelSpec) -> Table:
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
         if value not in (None, (), 0, False):
-            table.add_row(field.name, str(value))
+            table.add_row(field.name, escape(str(value)))
     return table
 
 
 def _source_table(source: Source) -> Table:
-    title = f"{source.origin} ({source.kind}): {size(source.nbytes)}"
+    title = f"{escape(str(source.origin))} ({source.kind}): {size(source.nbytes)}"
     table = Table("tensor", "shape", "dtype", "size", title=title, title_justify="left")
     for stored in sorted(source.stored.values(), key=lambda one: one.name):
         shape = " × ".join(map(str, stored.shape))
         dtype = str(stored.dtype).removeprefix("torch.")
-        table.add_row(stored.name, shape, dtype, size(stored.nbytes))
+        table.add_row(escape(stored.name), shape, dtype, size(stored.nbytes))
     reasons: dict[str, int] = defaultdict(int)
     for reason in source.ignored.values():
         reasons[reason] += 1
@@ -136,12 +139,13 @@ def _source_table(source: Source) -> Table:
 
 def _result(path: Path) -> Iterator[RenderableType]:
     manifest = read_manifest(path)
-    config = json.loads((path / "config.json").read_text())
-    settings = Table("config.json", "value", title=str(path), title_justify="left")
-    for name, value in config.items():
-        settings.add_row(name, json.dumps(value))
+    settings = Table(SETTINGS, "value", title=escape(str(path)), title_justify="left")
+    for name, value in read_json(path / SETTINGS).items():
+        settings.add_row(escape(name), escape(json.dumps(value)))
     yield settings
     files = Table("file", "tensors", "size")
     for name, entry in manifest["files"].items():
-        files.add_row(name, str(len(manifest["tensors"].get(name, ()))), size(entry["bytes"]))
+        files.add_row(
+            escape(name), str(len(manifest["tensors"].get(name, ()))), size(entry["bytes"])
+        )
     yield files

@@ -13,7 +13,7 @@ from .backend import choose
 from .errors import MissingTensorError, RecipeError
 from .logical import Model
 from .model import ModelSpec
-from .plan import Planned, build
+from .plan import Allocate, Planned, build
 from .recipe import Recipe, check
 from .sources.megatron import read_model
 from .targets.trtllm import TrtllmRules
@@ -134,11 +134,12 @@ def plan_memory(
     spec: ModelSpec,
     recipe: Recipe,
     scales: Mapping[str, GivenScale] | None = None,
+    allocate: Allocate | None = None,
 ) -> list[Planned]:
-    """Plan over real tensors; the target's are allocated on the same device, not yet filled."""
+    """Plan over real tensors; by default the target's are on the same device, not yet filled."""
     example = next(iter(tensors.values()))
     rules = TrtllmRules(model, spec, recipe, zero_row(model, spec, example.device), scales)
-    return build(rules.tensors(), example.new_empty)
+    return build(rules.tensors(), allocate or example.new_empty)
 
 
 def run_plan(plan: list[Planned], backend: str) -> None:

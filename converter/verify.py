@@ -7,8 +7,8 @@ bit for bit what pure torch makes of it, with every source element accounted for
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,17 +19,19 @@ from safetensors import safe_open
 
 from fuseport.kernels.reference import fused_copy_ref
 
-from .checkpoint import MANIFEST, file_digest, raw_bytes
+from .checkpoint import MANIFEST, file_digest, raw_bytes, read_json
 from .convert import BATCH, CheckpointPlan, compute, plan_checkpoint
 from .coverage import uses
-from .errors import VerificationError
+from .errors import FuseportError, VerificationError
 from .model import Block, ModelSpec
 from .plan import batches
 from .recipe import Recipe
 from .targets.trtllm_check import REQUIRED, expected_matrices
+from .targets.trtllm_config import config
 
 Progress = Callable[[int], None]
 FORMAT = 1
+SETTINGS = "config.json"
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,7 @@ def verify_checkpoint(
         VerificationError: names the first file or tensor that differs.
         FuseportError: the source cannot be read, or does not fit the manifest.
     """
+    out = Path(out)
     manifest = read_manifest(out)
     _check_files(out, manifest)
     tensors = _check_digests(out, manifest, progress)
@@ -76,6 +79,7 @@ def verify_checkpoint(
     accounting = None
     if source is not None:
         plan = _plan_again(source, manifest)
+        _same_settings(out / SETTINGS, config(plan.spec, plan.recipe, plan.vocab_size))
         _compare(out, plan, progress)
         accounting = account(plan)
     nbytes = sum(entry["bytes"] for entry in manifest["files"].values())
@@ -88,21 +92,54 @@ def read_manifest(out: Path) -> dict[str, Any]:
     Raises:
         VerificationError: there is none, or it is not one of ours.
     """
-    path = out / MANIFEST
-    try:
-        manifest = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise VerificationError(
-            f"{path} cannot be read ({error}); expected a directory that fuseport converted"
-        ) from error
-    if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
-        raise VerificationError(f"{path} is not a manifest of format {FORMAT}")
+    path = Path(out) / MANIFEST
+    manifest = read_json(path)
+    if manifest.get("format") != FORMAT:
+        raise VerificationError(f"{path} is not a manifest of format {FORMAT}; convert again")
+    with _sane(path):
+        for name, entry in manifest["files"].items():
+            _expect(Path(name).name == name, f"the file name {name!r}")
+            _expect(type(entry["bytes"]) is int and entry["bytes"] >= 0, f"the size of {name}")
+            _expect(isinstance(entry["xxh3_128"], str), f"the digest of {name}")
+        ranks = {f"rank{rank}.safetensors" for rank in range(len(manifest["tensors"]))}
+        _expect(set(manifest["tensors"]) == ranks, "the names of the ranks' files")
+        _expect(set(manifest["files"]) == {*ranks, SETTINGS}, "the list of files")
+        for name, digests in manifest["tensors"].items():
+            _expect(all(isinstance(one, str) for one in digests.values()), f"digests in {name}")
+        _expect(isinstance(manifest["spec"], dict), "spec")
+        _expect(isinstance(manifest["recipe"], dict), "recipe")
     return manifest
+
+
+def _expect(fits: bool, what: str) -> None:
+    if not fits:
+        raise ValueError(f"{what} makes no sense")
+
+
+@contextmanager
+def _sane(path: Path) -> Iterator[None]:
+    """What values of the wrong kind raise, as an error about the file that they came from."""
+    try:
+        yield
+    except VerificationError:
+        raise
+    except KeyError as error:
+        raise VerificationError(f"{path} lacks {error}; convert again") from error
+    # safetensors and torch have errors of their own for a damaged file.
+    except Exception as error:
+        raise VerificationError(f"{path} is damaged: {error}; convert again") from error
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A safetensors file."""
+    with _sane(path), safe_open(path, "pt") as opened:
+        yield opened
 
 
 def _check_files(out: Path, manifest: Mapping[str, Any]) -> None:
     for name, entry in manifest["files"].items():
-        path = out / Path(name).name
+        path = out / name
         if not path.is_file():
             raise VerificationError(f"{path} is missing; convert again")
         if path.stat().st_size != entry["bytes"]:
@@ -137,7 +174,7 @@ def digest(tensor: torch.Tensor) -> str:
 def _check_digests(out: Path, manifest: Mapping[str, Any], progress: Progress) -> int:
     count = 0
     for file, digests in manifest["tensors"].items():
-        with safe_open(out / file, "pt") as opened:
+        with _opened(out / file) as opened:
             names = set(opened.keys())
             if names != set(digests):
                 raise VerificationError(f"{out / file} does not hold the manifest's tensors")
@@ -151,19 +188,22 @@ def _check_digests(out: Path, manifest: Mapping[str, Any], progress: Progress) -
 
 
 def _check_structure(out: Path, manifest: Mapping[str, Any]) -> None:
-    config = json.loads((out / "config.json").read_text())
-    missing = [name for name in REQUIRED if config.get(name) is None]
+    path = out / SETTINGS
+    settings = read_json(path)
+    missing = [name for name in REQUIRED if settings.get(name) is None]
     if missing:
-        raise VerificationError(f"{out / 'config.json'} lacks {', '.join(missing)}")
-    world = config["mapping"]["world_size"]
-    if len(manifest["tensors"]) != world:
-        raise VerificationError(
-            f"{out} has {len(manifest['tensors'])} rank files for {world} ranks"
-        )
-    for rank in range(world):
-        with safe_open(out / f"rank{rank}.safetensors", "pt") as opened:
+        raise VerificationError(f"{path} lacks {', '.join(missing)}; convert again")
+    counts = [len(digests) for digests in manifest["tensors"].values()]
+    with _sane(path):
+        world, layers = settings["mapping"]["world_size"], settings["num_hidden_layers"]
+        if len(counts) != world:
+            raise VerificationError(f"{out} has {len(counts)} rank files for {world} ranks")
+        _expect(0 < layers <= sum(counts), f"num_hidden_layers = {layers}")
+        shapes = [expected_matrices(settings, rank) for rank in range(world)]
+    for rank, expected in enumerate(shapes):
+        with _opened(out / f"rank{rank}.safetensors") as opened:
             names = set(opened.keys())
-            for name, shape in expected_matrices(config, rank).items():
+            for name, shape in expected.items():
                 if name not in names:
                     raise VerificationError(f"rank {rank} lacks {name} {list(shape)}")
                 found = tuple(opened.get_slice(name).get_shape())
@@ -174,11 +214,16 @@ def _check_structure(out: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
-    facts = dict(manifest["spec"])
-    facts["blocks"] = tuple(Block(**block) for block in facts["blocks"])
-    facts["moe_layers"] = tuple(facts["moe_layers"])
-    spec = ModelSpec(**facts)
-    return plan_checkpoint(source, Recipe(**manifest["recipe"]), spec)
+    try:
+        facts = dict(manifest["spec"])
+        facts["blocks"] = tuple(Block(**block) for block in facts["blocks"])
+        facts["moe_layers"] = tuple(facts["moe_layers"])
+        spec, recipe = ModelSpec(**facts), Recipe(**manifest["recipe"])
+    except (KeyError, TypeError, FuseportError) as error:
+        raise VerificationError(
+            f"the manifest's spec or recipe makes no sense ({error}); convert again"
+        ) from error
+    return plan_checkpoint(source, recipe, spec)
 
 
 def _compare(out: Path, plan: CheckpointPlan, progress: Progress) -> None:
@@ -187,10 +232,20 @@ def _compare(out: Path, plan: CheckpointPlan, progress: Progress) -> None:
     for batch in batches(plan.tensors, BATCH):
         results, _ = compute(batch, plan.stored, fused_copy_ref, device)
         for planned, expected in zip(batch, results, strict=True):
-            with safe_open(out / f"rank{planned.rank}.safetensors", "pt") as opened:
+            with _opened(out / f"rank{planned.rank}.safetensors") as opened:
                 found = opened.get_tensor(planned.name)
             _same(f"rank {planned.rank}: {planned.name}", found, expected)
             progress(planned.nbytes)
+
+
+def _same_settings(path: Path, expected: Mapping[str, object]) -> None:
+    found = read_json(path)
+    for name in {**expected, **found}:
+        if name not in found or name not in expected or found[name] != expected[name]:
+            raise VerificationError(
+                f"{path}: {name} is {found.get(name)!r}, the source and the recipe make it "
+                f"{expected.get(name)!r}; convert again"
+            )
 
 
 def _same(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:

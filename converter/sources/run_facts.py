@@ -69,6 +69,8 @@ def _model_section(path: Path) -> dict[str, object]:
     try:
         # A subclass of SafeLoader that builds plain data only.
         config = yaml.load(path.read_text(encoding="utf-8"), Loader=_DataLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, ValueError, TypeError) as error:
-        raise CorruptSourceError(f"{path}: not readable as YAML ({error})") from error
+    # Tags and deep nesting make yaml raise nearly anything.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise CorruptSourceError(f"{path}: not readable as YAML ({reason})") from error
     return namespace(config, "model")

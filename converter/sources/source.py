@@ -49,11 +49,18 @@ def open_source(path: Path, facts: Mapping[str, object] | None = None) -> Source
     Raises:
         SourceError: it is neither, or cannot be read safely.
     """
+    try:
+        return _open(Path(path), facts or {})
+    except OSError as error:
+        raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def _open(path: Path, facts: Mapping[str, object]) -> Source:
     if not path.is_dir():
         raise SourceError(f"{path} is not a directory; expected a Megatron checkpoint")
     if _legacy(path) is not None:
         legacy = read_mp_rank(path)
-        stored = merge_shards(legacy.shards, {**legacy.facts, **(facts or {})})
+        stored = merge_shards(legacy.shards, {**legacy.facts, **facts})
         return make_source(path, "mp_rank", stored, legacy.facts, legacy.ignored)
     opened = read_torch_dist(path)
     return make_source(opened.origin, "torch_dist", opened.tensors, opened.facts, opened.ignored)
