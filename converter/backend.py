@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -12,6 +13,7 @@ from fuseport.kernels.reference import fused_copy_ref
 from .errors import RecipeError
 
 Run = Callable[..., "torch.Tensor | None"]
+Prepare = Callable[[Sequence[Move]], Callable[[], object]]
 BACKENDS = ("auto", "triton", "torch")
 
 
@@ -29,6 +31,20 @@ def choose(backend: str, device: torch.device) -> Run:
     if backend == "torch" or (backend == "auto" and device.type != "cuda"):
         return fused_copy_ref
     return _triton(device)
+
+
+def preparer(backend: str, device: torch.device) -> Prepare:
+    """A function that makes a batch of moves ready to be run, as often as wanted.
+
+    Raises:
+        RecipeError: as `choose`.
+    """
+    run = choose(backend, device)
+    if run is fused_copy_ref:
+        return lambda moves: partial(fused_copy_ref, moves)
+    from fuseport.kernels.fused_copy import FusedCopy
+
+    return lambda moves: FusedCopy(moves).run
 
 
 def _triton(device: torch.device) -> Run:

@@ -12,15 +12,15 @@ first axis where they are larger than a window.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
 from fuseport.kernels.move import Move
 
-from .backend import Run
+from .backend import Prepare
 from .plan import Planned, bind
 
 ALIGNMENT = 256
@@ -88,79 +88,119 @@ def places_of(plan: Sequence[Planned]) -> tuple[list[int], int]:
     return places, end
 
 
-@dataclass
-class HostOutput:
-    """One converter's block of host memory, used again by its next conversion."""
+class Block:
+    """Host memory that is used again; registered with the driver once it has been touched."""
 
-    block: torch.Tensor | None = None
-    registered: bool = False
-    _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(THREADS))
+    def __init__(self) -> None:
+        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.registered = False
 
-    def fill(self, plan: Sequence[Planned], run: Run, device: torch.device) -> list[torch.Tensor]:
-        """Run a plan whose `dst`s are meta tensors; the results, readable at once.
+    def reserve(self, size: int) -> torch.Tensor:
+        """At least `size` bytes: the old ones where they suffice."""
+        if self.memory.numel() < size:
+            self.release()
+            self.memory = torch.empty(size, dtype=torch.uint8)
+        return self.memory
 
-        Results of an earlier call lie in the same memory and are overwritten.
-        """
-        places, size = places_of(plan)
-        block = self._reserve(size, device)
-        every = list(spans(plan, places, WINDOW))
-        if device.type == "cuda":
-            self._through_windows(every, block, run, device)
-        else:
-            run([_onto(block, 0, span) for span in every])
-        return [
-            block[place : place + one.nbytes].view(one.dst.dtype).view(one.dst.shape)
-            for one, place in zip(plan, places, strict=True)
-        ]
-
-    def _reserve(self, size: int, device: torch.device) -> torch.Tensor:
-        """The block: new where the old one is too small, registered when it is used again."""
-        if self.block is None or self.block.numel() < size:
-            self._unregister()
-            self.block = torch.empty(size, dtype=torch.uint8)
-        elif device.type == "cuda" and not self.registered:
+    def register(self) -> None:
+        """Let the GPU copy straight into it; without that it is as right, and slower."""
+        if not self.registered:
             runtime = torch.cuda.cudart()
-            status = runtime.cudaHostRegister(self.block.data_ptr(), self.block.numel(), 0)
+            status = runtime.cudaHostRegister(self.memory.data_ptr(), self.memory.numel(), 0)
             self.registered = int(status) == 0
-        return self.block
 
-    def _unregister(self) -> None:
-        if self.registered and self.block is not None:
-            torch.cuda.cudart().cudaHostUnregister(self.block.data_ptr())
+    def release(self) -> None:
+        """Take it back from the driver."""
+        if self.registered:
+            torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
             self.registered = False
 
-    def _through_windows(
-        self, every: list[Span], block: torch.Tensor, run: Run, device: torch.device
+    def __del__(self) -> None:
+        self.release()
+
+
+@dataclass(frozen=True)
+class _Window:
+    """A prepared run into a window on the GPU, and the copy that brings it to the host."""
+
+    run: Callable[[], object]
+    source: torch.Tensor
+    target: torch.Tensor
+
+
+class HostOutput:
+    """A plan whose `dst`s are meta tensors, prepared to be run into a block of host memory.
+
+    `run` may be called again while the sources stay where they are. Results of an earlier run
+    lie in the same memory and are overwritten.
+
+    Args:
+        plan: what to fill.
+        prepare: makes a batch of moves ready to run: see `backend.prepare`.
+        device: where the sources are.
+        block: the memory; another plan's before.
+    """
+
+    def __init__(
+        self, plan: Sequence[Planned], prepare: Prepare, device: torch.device, block: Block
     ) -> None:
-        """Kernel into one window while the other one is copied to the host."""
-        largest = max(span.stop - span.start for span in every)
+        places, size = places_of(plan)
+        self.device, self.block = device, block
+        memory = block.reserve(size)
+        self.results = [
+            memory[place : place + one.nbytes].view(one.dst.dtype).view(one.dst.shape)
+            for one, place in zip(plan, places, strict=True)
+        ]
+        every = list(spans(plan, places, WINDOW))
+        if device.type != "cuda":
+            self._direct = prepare([_onto(memory, 0, span) for span in every])
+            return
+        self._touched = False
+        self._windows = list(self._prepared(every, memory, prepare))
+
+    def _prepared(
+        self, every: list[Span], memory: torch.Tensor, prepare: Prepare
+    ) -> Iterator[_Window]:
+        largest = max((span.stop - span.start for span in every), default=0)
         size = max(WINDOW, largest) + ALIGNMENT
-        staging = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
-        free: list[torch.cuda.Event | None] = [None, None]
-        copies = torch.cuda.Stream(device)
-        ring = None if self.registered else _Ring(self._pool, copies)
+        staging = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
         for index, window in enumerate(windows(iter(every), WINDOW)):
-            stage = staging[index % 2]
-            if (busy := free[index % 2]) is not None:
-                torch.cuda.current_stream(device).wait_event(busy)
             first, last = window[0].start, window[-1].stop
-            base = first - first % ALIGNMENT
-            run([_onto(stage, base, span) for span in window])
-            copies.wait_stream(torch.cuda.current_stream(device))
-            source, target = stage[first - base : last - base], block[first:last]
-            if ring is None:
-                with torch.cuda.stream(copies):
-                    target.copy_(source, non_blocking=True)
-            else:
-                ring.copy(target, source)
-            free[index % 2] = copies.record_event()
+            base, stage = first - first % ALIGNMENT, staging[index % 2]
+            run = prepare([_onto(stage, base, span) for span in window])
+            yield _Window(run, stage[first - base : last - base], memory[first:last])
+
+    def run(self) -> list[torch.Tensor]:
+        """Fill every tensor; they can be read when this returns."""
+        if self.device.type != "cuda":
+            self._direct()
+            return self.results
+        if self._touched:
+            self.block.register()
+        copies = torch.cuda.Stream(self.device)
+        ring = None if self.block.registered else _Ring(copies)
+        self._through_windows(copies, ring)
         copies.synchronize()
         if ring is not None:
             ring.finish()
+        self._touched = True
+        return self.results
 
-    def __del__(self) -> None:
-        self._unregister()
-        self._pool.shutdown(wait=False)
+    def _through_windows(self, copies: torch.cuda.Stream, ring: _Ring | None) -> None:
+        """Kernel into one window while the other one is copied to the host."""
+        current = torch.cuda.current_stream(self.device)
+        copied: list[torch.cuda.Event] = []
+        for index, window in enumerate(self._windows):
+            if index >= 2:
+                current.wait_event(copied[index - 2])
+            window.run()
+            copies.wait_stream(current)
+            if ring is None:
+                with torch.cuda.stream(copies):
+                    window.target.copy_(window.source, non_blocking=True)
+            else:
+                ring.copy(window.target, window.source)
+            copied.append(copies.record_event())
 
 
 def _onto(memory: torch.Tensor, base: int, span: Span) -> Move:
@@ -176,8 +216,8 @@ def _onto(memory: torch.Tensor, base: int, span: Span) -> Move:
 class _Ring:
     """Pinned buffers between the GPU and memory that the driver does not know."""
 
-    def __init__(self, pool: ThreadPoolExecutor, stream: torch.cuda.Stream) -> None:
-        self.pool, self.stream = pool, stream
+    def __init__(self, stream: torch.cuda.Stream) -> None:
+        self.stream, self.pool = stream, ThreadPoolExecutor(THREADS)
         self.buffers = torch.empty(RING, CHUNK, dtype=torch.uint8, pin_memory=True)
         self.busy: list[Future[None] | None] = [None] * RING
         self.next = 0
@@ -196,6 +236,7 @@ class _Ring:
             self.busy[slot] = self.pool.submit(_land, ready, place, buffer)
 
     def finish(self) -> None:
+        self.pool.shutdown()
         for future in self.busy:
             if future is not None:
                 future.result()

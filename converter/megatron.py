@@ -10,22 +10,22 @@ Where the reference is known to be wrong, they are right instead; the documentat
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from .backend import choose
+from .backend import preparer
 from .errors import RecipeError
 from .exchange import exchange_rows, kv_ranges, vocabulary_ranges
-from .host_output import HostOutput
+from .host_output import Block, HostOutput
 from .megatron_base import WeightsConverter, str_dtype_to_torch
 from .megatron_names import MODULES, to_megatron
 from .megatron_single import SingleDeviceTRTLLMModelWeightsConverter
 from .model import ModelSpec
 from .parallel import Parallel, current_parallel
-from .plan import Planned, build, on_meta
+from .plan import build, on_meta
 from .sources.megatron import read_model
 from .state import plan_memory, run_plan, weights
 from .targets.trtllm_config import pp_layers
@@ -80,7 +80,9 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
             raise RecipeError(f"output {output!r} is neither 'host' nor 'cuda'")
         place = parallel or current_parallel()
         self.parallel, self.output, self.consume = place, output, consume
-        self._host = HostOutput()
+        self._block = Block()
+        self._planned_for: list[object] = []
+        self._run: Callable[[], dict[str, torch.Tensor]] = dict
         self.inference_tp_size, self.tp_rank = place.tp_size, place.tp_rank
         self.inference_pp_size, self.pp_rank = place.pp_size, place.pp_rank
         self.tp_group: dist.ProcessGroup | None = place.tp_group
@@ -107,27 +109,32 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         """
         named = to_megatron(weights(model_state_dict), trtllm_conversion_dict)
         tensors = self._own_rows(named, tokenizer_vocab_size)
-        spec = self._shard_facts(tensors, trtllm_conversion_dict)
-        recipe = self.recipe(use_parallel_embedding=True)
-        scales = self.given_scales(next(iter(tensors.values())).device)
-        model = read_model(tensors, spec)
-        allocate = on_meta if self.output == "host" else None
-        plan = plan_memory(tensors, model, spec, recipe, scales, allocate)
+        key = [(name, t.data_ptr(), t.shape, t.stride()) for name, t in tensors.items()]
+        if self._planned_for != key:
+            self._prepare(tensors, trtllm_conversion_dict)
+            self._planned_for = key
+        self.trtllm_model_weights |= self._run()
         if self.consume:
             model_state_dict.clear()
-        self._store(plan)
+            self._planned_for, self._run = [], dict
 
-    def _store(self, plan: list[Planned]) -> None:
-        """Run the plan; its destinations are on meta where the results go to the host."""
-        device = plan[0].moves[0].src.device
-        run = choose(self.backend, device)
+    def _prepare(self, tensors: Mapping[str, torch.Tensor], conversion: Mapping[str, Any]) -> None:
+        """Plan, and keep the plan: it runs again as long as the tensors stay where they are."""
+        spec = self._shard_facts(conversion)
+        recipe = self.recipe(use_parallel_embedding=True)
+        device = next(iter(tensors.values())).device
+        allocate = on_meta if self.output == "host" else None
+        model, scales = read_model(tensors, spec), self.given_scales(device)
+        plan = plan_memory(tensors, model, spec, recipe, scales, allocate)
+        prepare = preparer(self.backend, device)
+        names = [planned.name for planned in plan]
         if self.output == "host":
-            results = self._host.fill(plan, run, device)
-        else:
-            run([move for planned in plan for move in planned.moves])
-            results = [planned.dst for planned in plan]
-        names = (planned.name for planned in plan)
-        self.trtllm_model_weights |= dict(zip(names, results, strict=True))
+            host = HostOutput(plan, prepare, device, self._block)
+            self._run = lambda: dict(zip(names, host.run(), strict=True))
+            return
+        run = prepare([move for planned in plan for move in planned.moves])
+        results = dict(zip(names, [planned.dst for planned in plan], strict=True))
+        self._run = lambda: (run(), results)[1]
 
     def _own_rows(
         self, tensors: dict[str, torch.Tensor], vocab_size: int
@@ -168,9 +175,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
     ) -> torch.Tensor:
         return exchange_rows(tensor, wanted, rank=self.tp_rank, rows=rows, group=self.tp_group)
 
-    def _shard_facts(
-        self, tensors: Mapping[str, torch.Tensor], conversion: Mapping[str, Any]
-    ) -> ModelSpec:
+    def _shard_facts(self, conversion: Mapping[str, Any]) -> ModelSpec:
         place, spec = self.parallel, self.facts(conversion)
         layers = pp_layers(spec.num_layers, place.pp_size, place.pp_rank)
         tp, experts = place.tp_size, place.tp_size // place.ep_size
@@ -199,7 +204,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
     def _convert_transformer_layer(self, layer_name: str, val: torch.Tensor) -> None:
         """Convert one tensor of a layer, given by its target name and as Megatron has it."""
         tensors = to_megatron({layer_name: val.detach()}, MODULES)
-        spec = self._shard_facts(tensors, {layer_name: layer_name})
+        spec = self._shard_facts({layer_name: layer_name})
         if self.inference_tp_size > self.num_kv_heads:
             tensors |= self._own_heads(tensors)
         plan = build(self.partial_targets(tensors, spec, self.recipe()), val.new_empty)

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import re
 import shutil
-from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from fuseport_testing.tiny import FACTS, ITERATION, SPEC, tiny_weights, write_tiny
+
 from fuseport.converter import FuseportError, ModelSpec, Recipe, convert_checkpoint
 from fuseport.converter import plan_checkpoint as plan
-from fuseport.converter.checkpoint import MANIFEST
 from fuseport.converter.errors import (
     CorruptSourceError,
     MissingTensorError,
     ModelError,
-    OutputError,
     RecipeError,
     ShapeError,
     SourceError,
@@ -30,9 +30,7 @@ from fuseport.converter.errors import (
 )
 from fuseport.converter.facts import MODEL_TYPES, REFUSED
 from fuseport.converter.model import GIVEN, KINDS
-from fuseport.converter.sources.source import open_source
 from fuseport.converter.targets.trtllm_config import FAMILIES
-from fuseport_testing.tiny import FACTS, ITERATION, SPEC, Weights, tiny_weights, write_tiny
 
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
 FC2 = "decoder.layers.mlp.linear_fc2.weight"
@@ -356,10 +354,8 @@ def test_flipped_bits_never_end_in_another_error(tmp_path: Path) -> None:
             bad = bytearray(good)
             bad[place] ^= 1 << place % 8
             (directory / name).write_bytes(bad)
-            try:
+            with contextlib.suppress(FuseportError):
                 plan(tmp_path / "s", Recipe())
-            except FuseportError as error:
-                assert str(error)
         (directory / name).write_bytes(good)
 
 
