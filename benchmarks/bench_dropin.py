@@ -23,10 +23,9 @@ import torch
 
 from fuseport.converter.megatron import DistributedTRTLLMModelWeightsConverter, Parallel
 
-from .bench_rank import LLAMA_70B, MODULES, shard
+from .bench_rank import LLAMA_70B, MODULES, TP, shard
 from .measure import copy_bandwidth, machine, milliseconds
 
-TP = 8
 Convert = Callable[[], dict[str, torch.Tensor]]
 
 

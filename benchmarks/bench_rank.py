@@ -17,7 +17,7 @@ import torch
 
 from fuseport.converter import ModelSpec, Recipe
 from fuseport.converter.sources.megatron import read_model
-from fuseport.converter.state import plan_memory, shard_spec
+from fuseport.converter.state import plan_memory
 from fuseport.kernels.fused_copy import FusedCopy
 from fuseport.kernels.move import GivenScale, Move
 from fuseport.kernels.reference import fused_copy_ref
@@ -33,6 +33,7 @@ LLAMA_70B = ModelSpec(
     ffn_hidden_size=28672,
     vocab_size=128256,
 )
+TP = 8
 MODULES = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 
 
@@ -57,9 +58,12 @@ def shard(spec: ModelSpec, tp: int) -> dict[str, torch.Tensor]:
 
 def rank_moves(spec: ModelSpec, quantised: bool) -> list[Move]:
     """The moves that convert the shard; with `quantised`, linear weights become e4m3."""
-    recipe = Recipe(tp_size=8)
-    own = shard_spec(spec, recipe, tp_rank=0, pp_rank=0)
-    tensors = shard(spec, 8)
+    own = spec.replace(
+        num_attention_heads=spec.num_attention_heads // TP,
+        num_query_groups=spec.num_query_groups // TP,
+        ffn_hidden_size=spec.ffn_hidden_size // TP,
+    )
+    tensors = shard(spec, TP)
     names = [f"transformer.layers.{n}.{m}" for n in range(spec.num_layers) for m in MODULES]
     scales = {name: GivenScale(50.0) for name in names} if quantised else None
     plan = plan_memory(tensors, read_model(tensors, own), own, Recipe(), scales)

@@ -4,7 +4,7 @@ from .convert import convert_checkpoint, plan_checkpoint
 from .errors import FuseportError
 from .model import ModelSpec
 from .recipe import Recipe
-from .state import convert_shard, convert_state_dict
+from .state import convert_state_dict
 from .verify import verify_checkpoint
 
 __all__ = [
@@ -12,7 +12,6 @@ __all__ = [
     "ModelSpec",
     "Recipe",
     "convert_checkpoint",
-    "convert_shard",
     "convert_state_dict",
     "plan_checkpoint",
     "verify_checkpoint",

@@ -10,7 +10,7 @@ Where the reference is known to be wrong, they are right instead; the documentat
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -81,7 +81,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         place = parallel or current_parallel()
         self.parallel, self.output, self.consume = place, output, consume
         self._block = Block()
-        self._planned_for: list[object] = []
+        self._planned_for: Sequence[object] = ()
         self._run: Callable[[], dict[str, torch.Tensor]] = dict
         self.inference_tp_size, self.tp_rank = place.tp_size, place.tp_rank
         self.inference_pp_size, self.pp_rank = place.pp_size, place.pp_rank
@@ -116,7 +116,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         self.trtllm_model_weights |= self._run()
         if self.consume:
             model_state_dict.clear()
-            self._planned_for, self._run = [], dict
+            self._planned_for, self._run = (), dict
 
     def _prepare(self, tensors: Mapping[str, torch.Tensor], conversion: Mapping[str, Any]) -> None:
         """Plan, and keep the plan: it runs again as long as the tensors stay where they are."""

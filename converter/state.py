@@ -1,8 +1,7 @@
-"""Weights in memory: a whole model's state dict, or one rank's shard of it."""
+"""Weights in memory: a whole model's state dict becomes every rank's tensors."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 
 import torch
@@ -10,14 +9,13 @@ import torch
 from fuseport.kernels.move import GivenScale
 
 from .backend import choose
-from .errors import MissingTensorError, RecipeError
+from .errors import MissingTensorError
 from .logical import Model
 from .model import ModelSpec
 from .plan import Allocate, Planned, build
 from .recipe import Recipe, check
 from .sources.megatron import read_model
 from .targets.trtllm import TrtllmRules
-from .targets.trtllm_config import pp_layers
 
 
 def convert_state_dict(
@@ -55,77 +53,6 @@ def convert_state_dict(
     for planned in plan:
         ranks[planned.rank][planned.name] = planned.dst
     return ranks
-
-
-def convert_shard(
-    state_dict: Mapping[str, torch.Tensor],
-    spec: ModelSpec,
-    recipe: Recipe,
-    *,
-    tp_rank: int,
-    pp_rank: int = 0,
-    scales: Mapping[str, GivenScale] | None = None,
-    backend: str = "auto",
-) -> dict[str, torch.Tensor]:
-    """Convert one rank's shard, already split as the recipe says, without communication.
-
-    Args:
-        state_dict: the rank's `model.state_dict()`: its layers numbered from 0.
-        spec: the whole model's facts.
-        recipe: the sizes that the model was split by, and the dtype.
-        tp_rank, pp_rank: the rank's place.
-        scales: a module's target name, such as "transformer.layers.0.mlp.fc" → the scale with
-            which its weight becomes e4m3.
-        backend: "triton", "torch", or "auto" (Triton on a GPU).
-
-    Returns:
-        The rank's tensors by name, on the state dict's device.
-
-    Raises:
-        RecipeError: a shard's rows are not the target's (see `shard_spec`).
-        FuseportError: see `errors`.
-    """
-    check(spec, recipe)
-    tensors = weights(state_dict)
-    own = shard_spec(spec, recipe, tp_rank=tp_rank, pp_rank=pp_rank)
-    model = read_model(tensors, own)
-    local = Recipe(dtype=recipe.dtype, use_parallel_embedding=True)
-    plan = plan_memory(tensors, model, own, local, scales)
-    run_plan(plan, backend)
-    return {planned.name: planned.dst for planned in plan}
-
-
-def shard_spec(spec: ModelSpec, recipe: Recipe, *, tp_rank: int, pp_rank: int) -> ModelSpec:
-    """The facts of one rank's shard, as if it were a model of its own.
-
-    Raises:
-        RecipeError: the shard's KV heads or vocabulary rows are not those that the target's rank
-            holds, so that rows of other ranks would be needed.
-    """
-    tp = recipe.tp_size
-    if spec.num_query_groups % tp:
-        raise RecipeError(
-            f"num_query_groups = {spec.num_query_groups} on tp_size = {tp}: a shard does not hold "
-            f"whole KV heads; convert the whole model"
-        )
-    if spec.vocab_size is not None and spec.vocab_size % tp:
-        raise RecipeError(
-            f"vocab_size = {spec.vocab_size} is not a multiple of tp_size = {tp}: the target's "
-            f"rows are not the shard's; convert the whole model"
-        )
-    layers = pp_layers(spec.num_layers, recipe.pp_size, pp_rank)
-    return dataclasses.replace(
-        spec,
-        num_layers=len(layers),
-        num_attention_heads=spec.num_attention_heads // tp,
-        num_query_groups=spec.num_query_groups // tp,
-        ffn_hidden_size=spec.ffn_hidden_size // tp,
-        moe_ffn_hidden_size=spec.moe_ffn_hidden_size // recipe.moe_tp_size,
-        num_local_experts=spec.num_moe_experts // recipe.moe_ep_size,
-        moe_shared_expert_intermediate_size=spec.moe_shared_expert_intermediate_size // tp,
-        moe_layers=tuple(spec.is_moe(layer) for layer in layers),
-        vocab_size=None if spec.vocab_size is None else spec.vocab_size // tp,
-    )
 
 
 def plan_memory(

@@ -13,8 +13,9 @@ model classes for the row orders:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -43,13 +44,33 @@ class TargetTensor:
 
 @dataclass(frozen=True)
 class Part:
-    """A rule's answer: a tensor's name, and what it is made of; replicated: for all ranks alike."""
+    """A rule's answer: a tensor's name, in its layer if it is of one, and what it is made of.
+
+    `replicated` ones are alike on all ranks.
+    """
 
     name: str
     layout: Layout
     shift: float = 0.0
     dtype: torch.dtype | None = None
     replicated: bool = False
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Something whole of a stage: its parts for a shard, and what goes before their names.
+
+    `whole_prefix` numbers a layer in the whole model, `prefix` in its stage.
+    """
+
+    parts: Callable[[Shard], Iterator[Part]]
+    prefix: str = ""
+    whole_prefix: str = ""
+
+
+def layer_prefix(number: int) -> str:
+    """What goes before the names of a layer's parts."""
+    return f"transformer.layers.{number}."
 
 
 @dataclass(frozen=True)
@@ -96,7 +117,8 @@ class TrtllmRules:
         spec: its facts.
         recipe: the choice of parallel sizes and dtype.
         zero_row: [1, H], zeros, of the embedding's dtype: what the padded vocabulary repeats.
-        scales: module's target name → scale; its weight becomes e4m3.
+        scales: module's target name → scale; its weight becomes e4m3. Layers are numbered as in
+            the whole model.
     """
 
     def __init__(
@@ -116,29 +138,30 @@ class TrtllmRules:
         tp = self.recipe.tp_size
         for stage in range(self.recipe.pp_size):
             for unit in self._units(stage):
-                shares = [list(unit(Shard(rank, tp))) for rank in range(tp)]
+                shares = [list(unit.parts(Shard(rank, tp))) for rank in range(tp)]
                 for index in range(len(shares[0])):
                     for rank in range(tp):
-                        yield self._place(shares[rank][index], stage * tp + rank)
+                        yield self._place(shares[rank][index], unit, stage * tp + rank)
 
-    def _place(self, part: Part, rank: int) -> TargetTensor:
+    def _place(self, part: Part, unit: Unit, rank: int) -> TargetTensor:
         module, _, kind = part.name.rpartition(".")
-        quant = self.scales.get(module) if kind == "weight" else None
+        quant = self.scales.get(unit.whole_prefix + module) if kind == "weight" else None
         dtype = part.dtype or self.recipe.torch_dtype
         if quant is not None:
             dtype = torch.float8_e4m3fn
-        return TargetTensor(rank, part.name, part.layout, dtype, part.shift, quant, part.replicated)
+        name = unit.prefix + part.name
+        return TargetTensor(rank, name, part.layout, dtype, part.shift, quant, part.replicated)
 
-    def _units(self, stage: int):  # type: ignore[no-untyped-def]
-        """What a stage holds, each as a function from a shard to its parts."""
+    def _units(self, stage: int) -> Iterator[Unit]:
+        """What a stage holds: its input, its layers, its output."""
         layers = pp_layers(self.spec.num_layers, self.recipe.pp_size, stage)
         if stage == 0:
-            yield self._input
+            yield Unit(self._input)
         for local, index in enumerate(layers):
-            prefix, layer = f"transformer.layers.{local}.", self.model.layers[index]
-            yield lambda shard, prefix=prefix, layer=layer: self._layer(prefix, layer, shard)
+            layer = self.model.layers[index]
+            yield Unit(partial(self._layer, layer), layer_prefix(local), layer_prefix(index))
         if stage == self.recipe.pp_size - 1:
-            yield self._output
+            yield Unit(self._output)
 
     def _input(self, shard: Shard) -> Iterator[Part]:
         model, share = self.model, self.recipe.use_parallel_embedding
@@ -178,22 +201,22 @@ class TrtllmRules:
         real = table[start : min(start + rows, size)]
         return cat(real, self.zero_row.expand(rows - real.shape[0], -1))
 
-    def _layer(self, prefix: str, layer: Layer, shard: Shard) -> Iterator[Part]:
+    def _layer(self, layer: Layer, shard: Shard) -> Iterator[Part]:
         names = self.names
         if layer.input_norm is not None:
-            yield from norm(prefix + names.input_norm, layer.input_norm)
+            yield from norm(names.input_norm, layer.input_norm)
         if isinstance(layer.attention, Attention):
-            yield from attention(prefix + names.attention, layer.attention, shard)
+            yield from attention(names.attention, layer.attention, shard)
         elif isinstance(layer.attention, Linear):
-            yield Part(prefix + names.attention + ".weight", shard.rows(layer.attention.weight))
+            yield Part(names.attention + ".weight", shard.rows(layer.attention.weight))
         if layer.mlp_norm is not None:
-            yield from norm(prefix + names.mlp_norm, layer.mlp_norm)
+            yield from norm(names.mlp_norm, layer.mlp_norm)
         if isinstance(layer.mlp, Mlp):
-            yield from mlp(prefix + names.mlp, layer.mlp, shard)
+            yield from mlp(names.mlp, layer.mlp, shard)
         elif isinstance(layer.mlp, Moe):
-            yield from moe(prefix + names.mlp, layer.mlp, shard, self.recipe)
+            yield from moe(names.mlp, layer.mlp, shard, self.recipe)
         elif isinstance(layer.mlp, Linear):
-            yield Part(prefix + names.mlp + ".weight", shard.rows(layer.mlp.weight))
+            yield Part(names.mlp + ".weight", shard.rows(layer.mlp.weight))
 
 
 def norm(name: str, weights: Norm) -> Iterator[Part]:

@@ -1,0 +1,200 @@
+"""The command line: what it prints, how it exits, and what a signal leaves behind."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fuseport_testing.tiny import SPEC, write_tiny
+
+# The command, as the installed script runs it.
+MAIN = "from fuseport.converter.cli import main; main()"
+# The same, but it stops for a while at the first tensor, and says so.
+SLOW = """
+import sys, time
+from pathlib import Path
+from fuseport.converter.checkpoint import Writer
+def write(self, *args):
+    Path(self.directory).parent.joinpath("begun").touch()
+    time.sleep(60)
+Writer.write = write
+"""
+WIDTH = 80
+
+
+def start(*args: object, code: str = MAIN, **env: str) -> subprocess.Popen[str]:
+    """Start the command on pipes, as for a log file."""
+    plain = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        encoding="utf-8",
+        env={**plain, "PYTHONIOENCODING": "utf-8", **env},
+    )
+
+
+def run(*args: object, status: int = 0, **env: str) -> tuple[str, str]:
+    """The output and the errors of a run that ends with `status`; the output fits the width."""
+    process = start(*args, **env)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode == status, err
+    assert "Traceback" not in out + err
+    assert "\x1b" not in out + err
+    assert all(len(line) <= WIDTH for line in out.splitlines()), out
+    return out, err
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny(tmp_path_factory.mktemp("s") / "tiny")
+
+
+def test_demo_shows_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    out, err = run("demo")
+    assert not err
+    for word in ("num_query_groups", "LlamaForCausalLM", "verified out/demo/trtllm", "bit for bit"):
+        assert word in out
+    assert sorted(os.listdir("out/demo")) == ["megatron", "trtllm"]
+    # A second time it replaces what it made.
+    run("demo", "out/demo", "--tp", 4)
+    assert len(list(Path("out/demo/trtllm").glob("rank*"))) == 4
+
+
+def test_convert_inspect_verify(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    printed, _ = run("convert", source, out, "--tp", 2, "--pp", 2, "--dtype", "float16")
+    assert "tp 2 × pp 2" in printed
+    assert sorted(path.name for path in out.iterdir()) == [
+        "config.json",
+        "fuseport-manifest.json",
+        *(f"rank{rank}.safetensors" for rank in range(4)),
+    ]
+    printed, _ = run("inspect", out)
+    assert '"float16"' in printed
+    printed, _ = run("inspect", source)
+    assert "hidden_size" in printed
+    assert "32 × 16" in printed
+    assert "digests and structure" in run("verify", out)[0]
+    assert "bit for bit" in run("verify", out, "--source", source)[0]
+
+
+def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
+    printed, _ = run("convert", source, tmp_path / "out", "--tp", 4, "--dry-run")
+    assert "rank3.safetensors" in printed
+    assert not list(tmp_path.iterdir())
+    _, err = run("convert", source, tmp_path / "out", "--tp", 3, "--dry-run", status=1)
+    assert err.startswith("RecipeError: num_attention_heads = 4 cannot be split evenly")
+
+
+def test_overwrite(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    run("convert", source, out)
+    _, err = run("convert", source, out, status=1)
+    assert err.startswith("OutputError:")
+    assert "--overwrite" in err
+    run("convert", source, out, "--tp", 2, "--overwrite")
+    assert len(list(out.glob("rank*"))) == 2
+    (tmp_path / "mine").mkdir()
+    _, err = run("convert", source, tmp_path / "mine", "--overwrite", status=1)
+    assert "not just a converted checkpoint" in err
+    assert sorted(os.listdir(tmp_path)) == ["mine", "out"]
+
+
+def test_facts_from_a_file_and_from_the_line(tmp_path: Path) -> None:
+    source, spec = write_tiny(tmp_path / "s", facts=None), tmp_path / "facts.yaml"
+    spec.write_text("".join(f"{name}: {value}\n" for name, value in SPEC.items()))
+    _, err = run("convert", source, tmp_path / "out", status=1)
+    assert "found nothing; give it with --fact" in err
+    # The line comes after the file.
+    facts = ("--fact", "vocab_size=29", "--fact", "layernorm_epsilon=1e-6")
+    run("convert", source, tmp_path / "out", "--spec", spec, *facts)
+    settings = (tmp_path / "out" / "config.json").read_text()
+    assert '"vocab_size": 29' in settings
+    assert '"norm_epsilon": 1e-06' in settings
+    run("convert", source, tmp_path / "two", "--spec", spec, *facts, "--vocab-size", 28)
+    assert '"vocab_size": 28' in (tmp_path / "two" / "config.json").read_text()
+    assert "layernorm_epsilon" in run("inspect", source, "--spec", spec)[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--fact", "layernorm_eps=1"), "did you mean layernorm_epsilon"),
+        (("--fact", "num_layers"), "expected NAME=VALUE"),
+        (("--fact", "num_layers="), "expected NAME=VALUE"),
+        (("--fact", "=1"), "expected NAME=VALUE"),
+        (("--fact", "num_layers={"), "cannot be read as YAML"),
+        (("--fact", "num_layers=!!timestamp x"), "cannot be read as YAML"),
+        (("--spec", "none.yaml"), "none.yaml cannot be read"),
+        (("--vocab-size", 0), "vocab_size must be a whole number from 1"),
+        (("--vocab-size", 99), "the embedding has 32 rows"),
+        (("--tp", 0), "tp_size must be a whole number of at least 1"),
+        (("--dtype", "fp8"), "dtype 'fp8' is none of"),
+        (("--target", "onnx"), "target 'onnx' is none of"),
+        (("--backend", "cpp"), "backend 'cpp' is none of"),
+        (("--device", "tpu"), "device 'tpu' is none of"),
+    ],
+)
+def test_options_that_cannot_work(
+    options: tuple[object, ...], message: str, source: Path, tmp_path: Path
+) -> None:
+    _, err = run("convert", source, tmp_path / "out", *options, status=1)
+    assert message in err
+    # One paragraph, however wide the terminal is.
+    assert err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["[1", "3", "1: 2", "", "nonsense: 3"])
+def test_a_spec_that_makes_no_sense(text: str, source: Path, tmp_path: Path) -> None:
+    (tmp_path / "spec").write_text(text)
+    _, err = run("convert", source, tmp_path / "out", "--spec", tmp_path / "spec", status=1)
+    assert err.count("\n") == 1
+    assert os.listdir(tmp_path) == ["spec"]
+
+
+def test_usage_errors_and_wrong_paths(source: Path, tmp_path: Path) -> None:
+    assert "Missing argument" in run("convert", status=2)[1]
+    assert "No such option" in run("convert", source, tmp_path / "out", "--what", status=2)[1]
+    for args in (("inspect", tmp_path / "no"), ("convert", tmp_path / "no", tmp_path / "out")):
+        assert run(*args, status=1)[1].startswith("SourceError:")
+    assert run("verify", source, status=1)[1].startswith("VerificationError:")
+
+
+def test_overflow_is_warned_about(tmp_path: Path) -> None:
+    from fuseport_testing.tiny import tiny_weights
+
+    weights = tiny_weights()
+    weights["output_layer.weight"][3, 5] = 1e6
+    source = write_tiny(tmp_path / "s", weights)
+    printed, _ = run("convert", source, tmp_path / "out", "--dtype", "float16")
+    assert "1 values in 1 tensors overflow" in " ".join(printed.split())
+
+
+def test_names_with_brackets_and_a_log_in_ascii(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "o[/red]"
+    run("convert", source, out, PYTHONIOENCODING="ascii")
+    assert "o[/red]" in "".join(run("inspect", out)[0].split())
+    assert "o[/red]" in "".join(run("verify", out)[0].split())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_leaves_nothing(number: signal.Signals, source: Path, tmp_path: Path) -> None:
+    process = start("convert", source, tmp_path / "out", code=SLOW + MAIN)
+    until = time.monotonic() + 60
+    while not (tmp_path / "begun").exists() and time.monotonic() < until:
+        time.sleep(0.05)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert "Traceback" not in err
+    assert f"stopped by {number.name}; nothing was kept" in err
+    assert os.listdir(tmp_path) == ["begun"]
