@@ -107,12 +107,17 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         Raises:
             FuseportError: see `errors`.
         """
-        named = to_megatron(weights(model_state_dict), trtllm_conversion_dict)
-        tensors = self._own_rows(named, tokenizer_vocab_size)
-        key = [(name, t.data_ptr(), t.shape, t.stride()) for name, t in tensors.items()]
+        key = (
+            tokenizer_vocab_size,
+            dict(trtllm_conversion_dict),
+            *_addresses(model_state_dict),
+        )
         if self._planned_for != key:
+            named = to_megatron(weights(model_state_dict), trtllm_conversion_dict)
+            tensors = self._own_rows(named, tokenizer_vocab_size)
             self._prepare(tensors, trtllm_conversion_dict)
-            self._planned_for = key
+            # Rows that came from other ranks must come again the next time.
+            self._planned_for = key if _share_memory(tensors, named) else ()
         self.trtllm_model_weights |= self._run()
         if self.consume:
             model_state_dict.clear()
@@ -194,8 +199,8 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
     # The reference's own method names: doors to the same path for one tensor at a time.
 
     def _add_to_trtllm_model_weights(self, val: torch.Tensor, layer_name: str) -> None:
-        """Store one tensor; a matrix is given [in, out] and stored [out, in]."""
-        stored = val.detach().T if val.ndim == 2 else val.detach()
+        """Store one tensor; a matrix [in, out], or [in, …], is stored as [out, in]."""
+        stored = val.detach().reshape(val.shape[0], -1).T if val.ndim > 1 else val.detach()
         self._keep(layer_name, self.cast(layer_name, stored))
 
     def _keep(self, name: str, tensor: torch.Tensor) -> None:
@@ -229,3 +234,20 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         tp = self.inference_tp_size
         wanted = vocabulary_ranges(tokenizer_vocab_size, tp)
         return self._exchange(table.detach(), wanted, -(-tokenizer_vocab_size // tp)).T
+
+
+def _addresses(state_dict: Mapping[str, Any]) -> list[tuple[object, ...]]:
+    """Where a state dict's tensors are: while that is the same, so is the plan."""
+    return [
+        (name, value.data_ptr(), value.dtype, value.shape, value.stride())
+        for name, value in state_dict.items()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+def _share_memory(tensors: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> bool:
+    """True if every tensor is a view of the source of its name."""
+    return all(
+        tensor.untyped_storage().data_ptr() == sources[name].untyped_storage().data_ptr()
+        for name, tensor in tensors.items()
+    )

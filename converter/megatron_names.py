@@ -48,18 +48,23 @@ _NUMBERED = re.compile(r"^(.*?\blayers\.)(\d+)\.(.+)$")
 def to_megatron(
     tensors: Mapping[str, torch.Tensor], conversion: Mapping[str, Any]
 ) -> dict[str, torch.Tensor]:
-    """Tensors by Megatron-Core's names. A name that the dictionary lacks is left as it is:
-    Megatron's own are understood without one.
+    """Tensors by Megatron-Core's names. A name that the dictionary lacks, with and without what
+    wrappers put before it, is taken for Megatron's own: those are understood without one.
     """
     return {_one(name, conversion): tensor for name, tensor in tensors.items()}
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what wrappers put before it."""
+    return name.removeprefix("module.").removeprefix("model.")
 
 
 def _one(name: str, conversion: Mapping[str, Any]) -> str:
     match = _NUMBERED.match(name)
     key = name if match is None else match[1] + match[3]
-    target = conversion.get(key)
+    target = conversion.get(key, conversion.get(unwrapped(key)))
     if target is None:
-        return name
+        return unwrapped(name)
     value = str(getattr(target, "value", target))
     if value in WHOLE:
         return WHOLE[value]

@@ -11,6 +11,7 @@ from fuseport.kernels.move import GivenScale
 from .backend import choose
 from .errors import MissingTensorError
 from .logical import Model
+from .megatron_names import unwrapped
 from .model import ModelSpec
 from .plan import Allocate, Planned, build
 from .recipe import Recipe, check
@@ -44,7 +45,7 @@ def convert_state_dict(
         FuseportError: see `errors`; nothing is converted.
     """
     check(spec, recipe)
-    tensors = weights(state_dict)
+    tensors = {unwrapped(name): tensor for name, tensor in weights(state_dict).items()}
     model = read_model(tensors, spec)
     check_complete(model, spec)
     plan = plan_memory(tensors, model, spec, recipe, scales)
@@ -76,11 +77,16 @@ def run_plan(plan: list[Planned], backend: str) -> None:
 
 
 def weights(state_dict: Mapping[str, object]) -> dict[str, torch.Tensor]:
-    """The tensors of a state dict, without what wrappers put before their names."""
-    found = {}
-    for name, value in state_dict.items():
-        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state"):
-            found[name.removeprefix("module.").removeprefix("model.")] = value.detach()
+    """The tensors of a state dict, by their own names.
+
+    Raises:
+        MissingTensorError: there are none.
+    """
+    found = {
+        name: value.detach()
+        for name, value in state_dict.items()
+        if isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
+    }
     if not found:
         raise MissingTensorError("the state dict holds no tensors")
     return found

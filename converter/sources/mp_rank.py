@@ -163,6 +163,8 @@ def _tensors(file: Path, model: object, ignored: dict[str, str]) -> dict[str, to
         elif isinstance(value, dict):
             raise SourceError(f"{file}: {name!r} is a nested dict: older than Megatron-Core")
         elif isinstance(value, torch.Tensor):
+            if value.layout is not torch.strided:
+                raise SourceError(f"{file}: {name!r} is {value.layout}; save it as a dense tensor")
             tensors[name] = value
         elif value is not None and not isinstance(value, Inert):
             raise SourceError(f"{file}: {name!r} is a {type(value).__name__}, not a tensor")

@@ -278,9 +278,9 @@ def test_damaged_header_with_the_right_digest(result: Path) -> None:
         sign(result)
         bad(result, match="rank0.safetensors")
     for place in range(0, 8 + length, 37):
-        data = bytearray(good)
-        data[place] ^= 1 << place % 8
-        path.write_bytes(data)
+        flipped = bytearray(good)
+        flipped[place] ^= 1 << place % 8
+        path.write_bytes(flipped)
         sign(result)
         bad(result)
 

@@ -7,10 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Protocol
 
 import pytest
-from fuseport_testing.tiny import SPEC, write_tiny
+from fuseport_testing.tiny import SPEC, tiny_weights, write_tiny
+
+from fuseport.converter import cli
 
 # The command, as the installed script runs it.
 MAIN = "from fuseport.converter.cli import main; main()"
@@ -40,15 +44,45 @@ def start(*args: object, code: str = MAIN, **env: str) -> subprocess.Popen[str]:
     )
 
 
-def run(*args: object, status: int = 0, **env: str) -> tuple[str, str]:
-    """The output and the errors of a run that ends with `status`; the output fits the width."""
-    process = start(*args, **env)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode == status, err
+def check(status: int, found: int, out: str, err: str) -> None:
+    """The exit code is right, and the output fits the width and has no colours."""
+    assert found == status, err
     assert "Traceback" not in out + err
     assert "\x1b" not in out + err
     assert all(len(line) <= WIDTH for line in out.splitlines()), out
+
+
+def run_process(*args: object, status: int = 0, **env: str) -> tuple[str, str]:
+    """The output and the errors of a run of its own that ends with `status`."""
+    process = start(*args, **env)
+    out, err = process.communicate(timeout=120)
+    check(status, process.returncode, out, err)
     return out, err
+
+
+class Run(Protocol):
+    """Like `run_process`, but here, where torch is imported already."""
+
+    def __call__(self, *args: object, status: int = 0) -> tuple[str, str]: ...
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    handlers = {number: signal.getsignal(number) for number in cli.STOPS}
+
+    def here(*args: object, status: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["fuseport", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        check(status, int(ended.value.code or 0), out, err)
+        return out, err
+
+    yield here
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 @pytest.fixture(scope="module")
@@ -58,17 +92,17 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_demo_shows_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    out, err = run("demo")
+    out, err = run_process("demo")
     assert not err
     for word in ("num_query_groups", "LlamaForCausalLM", "verified out/demo/trtllm", "bit for bit"):
         assert word in out
     assert sorted(os.listdir("out/demo")) == ["megatron", "trtllm"]
     # A second time it replaces what it made.
-    run("demo", "out/demo", "--tp", 4)
+    run_process("demo", "out/demo", "--tp", 4)
     assert len(list(Path("out/demo/trtllm").glob("rank*"))) == 4
 
 
-def test_convert_inspect_verify(source: Path, tmp_path: Path) -> None:
+def test_convert_inspect_verify(run: Run, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     printed, _ = run("convert", source, out, "--tp", 2, "--pp", 2, "--dtype", "float16")
     assert "tp 2 × pp 2" in printed
@@ -86,7 +120,7 @@ def test_convert_inspect_verify(source: Path, tmp_path: Path) -> None:
     assert "bit for bit" in run("verify", out, "--source", source)[0]
 
 
-def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(run: Run, source: Path, tmp_path: Path) -> None:
     printed, _ = run("convert", source, tmp_path / "out", "--tp", 4, "--dry-run")
     assert "rank3.safetensors" in printed
     assert not list(tmp_path.iterdir())
@@ -94,7 +128,7 @@ def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
     assert err.startswith("RecipeError: num_attention_heads = 4 cannot be split evenly")
 
 
-def test_overwrite(source: Path, tmp_path: Path) -> None:
+def test_overwrite(run: Run, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("convert", source, out)
     _, err = run("convert", source, out, status=1)
@@ -108,7 +142,7 @@ def test_overwrite(source: Path, tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["mine", "out"]
 
 
-def test_facts_from_a_file_and_from_the_line(tmp_path: Path) -> None:
+def test_facts_from_a_file_and_from_the_line(run: Run, tmp_path: Path) -> None:
     source, spec = write_tiny(tmp_path / "s", facts=None), tmp_path / "facts.yaml"
     spec.write_text("".join(f"{name}: {value}\n" for name, value in SPEC.items()))
     _, err = run("convert", source, tmp_path / "out", status=1)
@@ -144,7 +178,7 @@ def test_facts_from_a_file_and_from_the_line(tmp_path: Path) -> None:
     ],
 )
 def test_options_that_cannot_work(
-    options: tuple[object, ...], message: str, source: Path, tmp_path: Path
+    run: Run, options: tuple[object, ...], message: str, source: Path, tmp_path: Path
 ) -> None:
     _, err = run("convert", source, tmp_path / "out", *options, status=1)
     assert message in err
@@ -154,14 +188,14 @@ def test_options_that_cannot_work(
 
 
 @pytest.mark.parametrize("text", ["[1", "3", "1: 2", "", "nonsense: 3"])
-def test_a_spec_that_makes_no_sense(text: str, source: Path, tmp_path: Path) -> None:
+def test_a_spec_that_makes_no_sense(run: Run, text: str, source: Path, tmp_path: Path) -> None:
     (tmp_path / "spec").write_text(text)
     _, err = run("convert", source, tmp_path / "out", "--spec", tmp_path / "spec", status=1)
     assert err.count("\n") == 1
     assert os.listdir(tmp_path) == ["spec"]
 
 
-def test_usage_errors_and_wrong_paths(source: Path, tmp_path: Path) -> None:
+def test_usage_errors_and_wrong_paths(run: Run, source: Path, tmp_path: Path) -> None:
     assert "Missing argument" in run("convert", status=2)[1]
     assert "No such option" in run("convert", source, tmp_path / "out", "--what", status=2)[1]
     for args in (("inspect", tmp_path / "no"), ("convert", tmp_path / "no", tmp_path / "out")):
@@ -169,9 +203,7 @@ def test_usage_errors_and_wrong_paths(source: Path, tmp_path: Path) -> None:
     assert run("verify", source, status=1)[1].startswith("VerificationError:")
 
 
-def test_overflow_is_warned_about(tmp_path: Path) -> None:
-    from fuseport_testing.tiny import tiny_weights
-
+def test_overflow_is_warned_about(run: Run, tmp_path: Path) -> None:
     weights = tiny_weights()
     weights["output_layer.weight"][3, 5] = 1e6
     source = write_tiny(tmp_path / "s", weights)
@@ -181,9 +213,9 @@ def test_overflow_is_warned_about(tmp_path: Path) -> None:
 
 def test_names_with_brackets_and_a_log_in_ascii(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "o[/red]"
-    run("convert", source, out, PYTHONIOENCODING="ascii")
-    assert "o[/red]" in "".join(run("inspect", out)[0].split())
-    assert "o[/red]" in "".join(run("verify", out)[0].split())
+    run_process("convert", source, out, PYTHONIOENCODING="ascii")
+    assert "o[/red]" in "".join(run_process("inspect", out)[0].split())
+    assert "o[/red]" in "".join(run_process("verify", out)[0].split())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])

@@ -21,13 +21,25 @@ import torch
 from .cases import Case
 
 __all__ = [
+    "DEFAULT_CONVERSION_DICT",
     "NEMOTRON_NAS_NAMES",
+    "DataType",
+    "ExportConfig",
+    "Place",
+    "TRTLLMLayers",
+    "a_rank",
+    "distributed_module",
+    "given_scales",
+    "nothing_to_sum",
     "reference_distributed",
     "reference_single",
     "run_single",
     "shard_of",
+    "single_module",
+    "split_over_ranks",
     "stacked",
     "stage_of",
+    "stand_ins",
     "transformer_config",
 ]
 
@@ -39,6 +51,7 @@ with warnings.catch_warnings():
         DEFAULT_CONVERSION_DICT,
         NEMOTRON_NAS_CONVERSION_DICT,
     )
+    from megatron.core.export.trtllm.trtllm_layers import TRTLLMLayers
     from megatron.core.export.trtllm.trtllm_weights_converter import (
         distributed_trtllm_model_weights_converter as distributed_module,
     )
@@ -82,7 +95,20 @@ _CUTS = {
 
 def transformer_config(case: Case) -> Any:
     """Megatron-Core's own configuration, as far as the converters read it."""
-    return TransformerConfig(**{name: getattr(case, field) for name, field in _FIELDS.items()})
+    fields = {name: getattr(case, field) for name, field in _FIELDS.items()}
+    return TransformerConfig(**fields, **_experts(case))
+
+
+def _experts(case: Case) -> dict[str, Any]:
+    if not case.experts:
+        return {}
+    return {
+        "num_moe_experts": case.experts,
+        "moe_ffn_hidden_size": case.moe_ffn,
+        "moe_router_topk": case.topk,
+        "moe_layer_freq": list(case.moe_layers) if case.moe_layers else 1,
+        "moe_shared_expert_intermediate_size": case.shared_ffn,
+    }
 
 
 def stacked(state: Mapping[str, torch.Tensor], layers: int) -> State:
@@ -97,7 +123,7 @@ def stacked(state: Mapping[str, torch.Tensor], layers: int) -> State:
 
 def stage_of(state: Mapping[str, torch.Tensor], case: Case, pp: int, pp_rank: int) -> State:
     """What one pipeline stage holds of a whole model: its layers, counted from 0, and its ends."""
-    layers = _Place(1, pp, 0, pp_rank).pp_layers(case.layers)
+    layers = Place(1, pp, 0, pp_rank).pp_layers(case.layers)
     held: State = {}
     for name, value in state.items():
         if name.startswith("decoder.layers."):
@@ -139,7 +165,7 @@ def reference_single(
     """
     new_decoder = bool(options.pop("new_decoder_architecture", False))
     converter = run_single(dict(state), config, tp, pp, dtype, **options)
-    return _split_over_ranks(converter, tp, pp, new_decoder)
+    return split_over_ranks(converter, tp, pp, new_decoder)
 
 
 def run_single(
@@ -166,21 +192,21 @@ def run_single(
     export = ExportConfig(
         inference_tp_size=tp, inference_pp_size=pp, use_parallel_embedding=parallel_embedding
     )
-    with _stand_ins(single_module):
+    with stand_ins(single_module):
         converter = single_module.SingleDeviceTRTLLMModelWeightsConverter(
-            export, config, DataType[dtype], activation=activation, scales=_scales(scales)
+            export, config, DataType[dtype], activation=activation, scales=given_scales(scales)
         )
         converter.convert(state, dict(names), split_by_layer)
     return converter
 
 
-def _split_over_ranks(
+def split_over_ranks(
     converter: Any, tp: int, pp: int, new_decoder_architecture: bool = False
 ) -> list[State]:
     """Each world rank's tensors; tensor-parallel ranks run fastest."""
     target_config = SimpleNamespace(new_decoder_architecture=new_decoder_architecture)
-    places = [_Place(tp, pp, tp_rank, pp_rank) for pp_rank in range(pp) for tp_rank in range(tp)]
-    with _stand_ins(single_module):
+    places = [Place(tp, pp, tp_rank, pp_rank) for pp_rank in range(pp) for tp_rank in range(tp)]
+    with stand_ins(single_module):
         return [converter.get_local_model_weights_per_gpu(one, target_config) for one in places]
 
 
@@ -194,6 +220,7 @@ def reference_distributed(
     *,
     activation: str = "gelu",
     scales: Mapping[str, float] | None = None,
+    names: Mapping[str, Any] = DEFAULT_CONVERSION_DICT,
 ) -> list[State]:
     """What `DistributedTRTLLMModelWeightsConverter` makes of one pipeline stage, rank by rank.
 
@@ -206,16 +233,16 @@ def reference_distributed(
         pp, pp_rank: the number of stages, and which one this is.
         dtype: "bfloat16", "float16" or "float32".
         vocab: the tokenizer's vocabulary size.
-        activation, scales: as in `run_single`.
+        activation, scales, names: as in `run_single`.
     """
 
     def run(tp_rank: int, all_reduce: Callable[..., None]) -> State:
-        place = _Place(len(shards), pp, tp_rank, pp_rank)
-        with _stand_ins(distributed_module), _parallel_state(place, all_reduce):
+        place = Place(len(shards), pp, tp_rank, pp_rank)
+        with stand_ins(distributed_module), a_rank(place, all_reduce):
             converter = distributed_module.DistributedTRTLLMModelWeightsConverter(
-                config, DataType[dtype], activation=activation, scales=_scales(scales)
+                config, DataType[dtype], activation=activation, scales=given_scales(scales)
             )
-            converter.convert(dict(shards[tp_rank]), dict(DEFAULT_CONVERSION_DICT), vocab)
+            converter.convert(dict(shards[tp_rank]), dict(names), vocab)
         return dict(converter.trtllm_model_weights)
 
     brought: list[list[torch.Tensor]] = [[] for _ in shards]
@@ -225,7 +252,7 @@ def reference_distributed(
 
 
 @dataclass(frozen=True)
-class _Place:
+class Place:
     """The part of TensorRT-LLM 1.2's `Mapping` that the converter asks for."""
 
     tp_size: int
@@ -244,7 +271,7 @@ class _Place:
         return [int(layer) for layer in stages[self.pp_rank]]
 
 
-def _scales(multipliers: Mapping[str, float] | None) -> dict[str, dict[str, torch.Tensor]]:
+def given_scales(multipliers: Mapping[str, float] | None) -> dict[str, dict[str, torch.Tensor]]:
     """In the converters' own form; each multiplier has shape [1], as Megatron's helper makes it."""
     return {
         f"{module}.weights_scaling_factor": {
@@ -256,7 +283,7 @@ def _scales(multipliers: Mapping[str, float] | None) -> dict[str, dict[str, torc
 
 
 @contextlib.contextmanager
-def _stand_ins(module: Any) -> Iterator[None]:
+def stand_ins(module: Any) -> Iterator[None]:
     """What both converters lack here: `tensorrt_llm`, tqdm and pinned memory."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(_tensorrt_llm())
@@ -298,7 +325,7 @@ def _pageable(empty: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]
 
 
 @contextlib.contextmanager
-def _parallel_state(place: _Place, all_reduce: Callable[..., None]) -> Iterator[None]:
+def a_rank(place: Place, all_reduce: Callable[..., None]) -> Iterator[None]:
     """A rank's view of Megatron's process groups, without any process group."""
     answers = {
         "get_tensor_model_parallel_world_size": place.tp_size,
@@ -315,6 +342,11 @@ def _parallel_state(place: _Place, all_reduce: Callable[..., None]) -> Iterator[
         stack.enter_context(patch(torch.cuda, "current_device", lambda: torch.device("cpu")))
         stack.enter_context(patch(torch.distributed, "all_reduce", all_reduce))
         yield
+
+
+def nothing_to_sum(tensor: torch.Tensor, group: object) -> None:
+    """An `all_reduce` that nobody calls."""
+    raise AssertionError("no sum is expected")
 
 
 def _bringing(brought: list[torch.Tensor]) -> Callable[..., None]:
