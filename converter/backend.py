@@ -65,10 +65,14 @@ def default_device(device: str) -> torch.device:
     """
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise RecipeError("device 'cuda': torch sees no GPU here; use --device cpu, or auto")
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise RecipeError(f"device {device!r} is none of auto, cpu, cuda")
+    kind, _, number = device.partition(":")
+    if kind not in ("cpu", "cuda") or not (number.isdigit() or device == kind):
+        raise RecipeError(f"device {device!r} is none of auto, cpu, cuda, cuda:NUMBER")
+    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+        raise RecipeError(
+            f"device {device!r}: torch sees {torch.cuda.device_count()} GPUs here; use "
+            f"--device cpu, or auto"
+        )
     return torch.device(device)
 
 

@@ -66,6 +66,12 @@ class Claims:
             )
         return tensor
 
+    def want(
+        self, spellings: Spellings, shape: tuple[int | None, ...], expected: bool
+    ) -> torch.Tensor | None:
+        """A tensor that is there if and only if the facts say so: else `finish` names it."""
+        return self.need(spellings, shape) if expected else None
+
     def finish(self) -> None:
         """Raise UnknownTensorError if a tensor was not handed out."""
         if self._left:
@@ -78,7 +84,17 @@ class Claims:
             )
 
 
-class PartialClaims(Claims):
+class LenientClaims(Claims):
+    """For facts that leave biases and norms open: what is there is used."""
+
+    def want(
+        self, spellings: Spellings, shape: tuple[int | None, ...], expected: bool
+    ) -> torch.Tensor | None:
+        """Like `take` where the facts do not expect the tensor."""
+        return self.need(spellings, shape) if expected else self.take(spellings, shape)
+
+
+class PartialClaims(LenientClaims):
     """For a few tensors of a model: a meta tensor stands in for each missing one.
 
     Target tensors that are made of such are the ones to leave out (`is_present`).

@@ -14,6 +14,7 @@ from fuseport.kernels.move import Move
 
 from .backend import Run, choose, default_device, run_all
 from .checkpoint import MANIFEST, FileImage, Writer, file_digest, lay_out, publish, write_json
+from .errors import OutputError
 from .model import ModelSpec
 from .plan import Planned, batches, bind, build, intervals, on_meta, storage_key
 from .recipe import Recipe, check
@@ -157,6 +158,7 @@ def convert_checkpoint(
         if isinstance(source, CheckpointPlan)
         else plan_checkpoint(source, recipe or Recipe(), facts)
     )
+    _keep_apart(plan.source.origin, out)
     with publish(out, overwrite=overwrite, needed=plan.nbytes) as partial:
         writer = Writer(partial, plan.images)
         try:
@@ -168,6 +170,17 @@ def convert_checkpoint(
         write_json(partial / "config.json", config(plan.spec, plan.recipe, plan.vocab_size))
         write_json(partial / MANIFEST, _manifest(plan, writer, counts))
     return Report(out, plan.nbytes, len(plan.tensors), counts[0], counts[1])
+
+
+def _keep_apart(source: Path, out: Path) -> None:
+    """Raise OutputError if the result would lie within the source, or hold it."""
+    origin, target = source.resolve(), out.resolve()
+    # A run's directory is looked through for its iterations.
+    iteration = target.parent == origin.parent and target.name.startswith("iter_")
+    if iteration or target.is_relative_to(origin) or origin.is_relative_to(target):
+        raise OutputError(
+            f"{out} would lie among the source's files in {source}; choose another directory"
+        )
 
 
 def _fill(

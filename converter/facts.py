@@ -10,69 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from .errors import ModelError, UnsupportedOptionError
-
-# How sources write an activation function → the name used here.
-ACTIVATIONS = {
-    "silu": "silu",
-    "swish": "silu",
-    "gelu": "gelu",
-    "openai_gelu": "gelu",
-    "fast_gelu": "gelu",
-    "quick_gelu": "quick_gelu",
-    "relu": "relu",
-    "squared_relu": "squared_relu",
-}
-
-# Field → the names under which sources give it, best first.
-NAMES: dict[str, tuple[str, ...]] = {
-    "num_layers": ("num_layers",),
-    "hidden_size": ("hidden_size",),
-    "num_attention_heads": ("num_attention_heads",),
-    "ffn_hidden_size": ("ffn_hidden_size",),
-    "num_query_groups": ("num_query_groups",),
-    "kv_channels": ("kv_channels", "head_size"),
-    "vocab_size": ("vocab_size",),
-    "max_position_embeddings": ("max_position_embeddings", "max_sequence_length", "seq_length"),
-    "model_type": ("model_type",),
-    "normalization": ("normalization",),
-    "layernorm_zero_centered_gamma": ("layernorm_zero_centered_gamma", "apply_layernorm_1p"),
-    "layernorm_epsilon": ("layernorm_epsilon", "norm_epsilon"),
-    "gated_linear_unit": ("gated_linear_unit", "swiglu"),
-    "add_bias_linear": ("add_bias_linear",),
-    "add_qkv_bias": ("add_qkv_bias",),
-    "qk_layernorm": ("qk_layernorm",),
-    "position_embedding_type": ("position_embedding_type",),
-    "rotary_base": ("rotary_base",),
-    "rotary_percent": ("rotary_percent", "rotary_percentage"),
-    "share_embeddings_and_output_weights": ("share_embeddings_and_output_weights",),
-    "num_moe_experts": ("num_moe_experts", "num_experts"),
-    "moe_ffn_hidden_size": ("moe_ffn_hidden_size",),
-    "moe_router_topk": ("moe_router_topk",),
-    "moe_shared_expert_intermediate_size": ("moe_shared_expert_intermediate_size",),
-}
-
-# The families that targets know.
-MODEL_TYPES = (
-    "gpt", "gptnext", "starcoder", "nemotron", "llama", "mixtral", "qwen2", "qwen3", "qwen2_moe",
-    "qwen3_moe", "gemma", "falcon", "nemotron_nas",
-)  # fmt: skip
-
-# Options that change what the weights or the layers mean, and that no rule here handles.
-REFUSED = {
-    "attention_output_gate": "linear_qkv holds gate rows",
-    "moe_mlp_glu_interleave_size": "gate and up rows are interleaved",
-    "multi_latent_attention": "attention has low-rank projections",
-    "mtp_num_layers": "the model has multi-token-prediction layers",
-    "experimental_attention_variant": "attention is not softmax attention",
-    "linear_attention_freq": "attention is not softmax attention",
-    "is_hybrid_model": "layers are not all transformer layers",
-    "moe_latent_size": "experts work in a smaller space",
-    "rotary_interleaved": "a head's neighbouring elements are rotated together",
-    "no_rope_freq": "some layers do without rotary positions",
-    "window_size": "attention looks at a window",
-    "activation_func_clamp_value": "the activation is clamped",
-    "glu_linear_offset": "the MLP's ungated half has an offset",
-}
+from .fact_names import ACTIVATIONS, ONLY, REFUSED
 
 
 @dataclass(frozen=True)
@@ -165,6 +103,12 @@ def refuse(facts: Mapping[str, object]) -> None:
             raise UnsupportedOptionError(
                 f"the model sets {option}={reprlib.repr(facts[option])} ({meaning}), which "
                 f"fuseport does not convert; export a model without it"
+            )
+    for option, (usual, meaning) in ONLY.items():
+        if facts.get(option) not in (None, usual):
+            raise UnsupportedOptionError(
+                f"the model sets {option}={reprlib.repr(facts[option])} ({meaning}); fuseport "
+                f"converts {usual!r} only"
             )
 
 

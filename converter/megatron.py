@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from .backend import preparer
+from .claims import LenientClaims
 from .errors import RecipeError
 from .exchange import exchange_rows, kv_ranges, vocabulary_ranges
 from .host_output import Block, HostOutput
@@ -129,7 +130,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         recipe = self.recipe(use_parallel_embedding=True)
         device = next(iter(tensors.values())).device
         allocate = on_meta if self.output == "host" else None
-        model, scales = read_model(tensors, spec), self.given_scales(device)
+        model, scales = read_model(tensors, spec, LenientClaims), self.given_scales(device)
         plan = plan_memory(tensors, model, spec, recipe, scales, allocate)
         prepare = preparer(self.backend, device)
         names = [planned.name for planned in plan]
@@ -193,7 +194,9 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
             num_local_experts=spec.num_moe_experts // place.ep_size,
             moe_shared_expert_intermediate_size=spec.moe_shared_expert_intermediate_size // tp,
             moe_layers=tuple(spec.is_moe(layer) for layer in layers),
-            blocks=tuple(spec.block(layer).shard(tp) for layer in layers) if spec.blocks else (),
+            blocks=tuple(
+                spec.blocks[layer].shard(tp, spec.hidden_size) for layer in layers if spec.blocks
+            ),
         )
 
     # The reference's own method names: doors to the same path for one tensor at a time.

@@ -105,7 +105,7 @@ class WeightsConverter:
         self, tensors: Mapping[str, torch.Tensor], spec: ModelSpec, recipe: Recipe
     ) -> list[TargetTensor]:
         """The target tensors that are made of just these tensors of a model."""
-        model = read_model(tensors, spec, PartialClaims)
+        model = read_model(_with_second(tensors, spec), spec, PartialClaims)
         example = next(iter(tensors.values()))
         zeros = zero_row(model, spec, example.device)
         rules = TrtllmRules(model, spec, recipe, zeros, self.given_scales(example.device))
@@ -123,3 +123,16 @@ class WeightsConverter:
         result = torch.empty(source.shape, dtype=dtype, device=source.device)
         choose(self.backend, source.device)([Move(result, source, quant=quant)])
         return result
+
+
+def _with_second(
+    tensors: Mapping[str, torch.Tensor], spec: ModelSpec
+) -> Mapping[str, torch.Tensor]:
+    """With stand-ins for experts' second matrices, by which stacked experts are recognised."""
+    shape = (spec.local_experts, spec.hidden_size, spec.moe_ffn_hidden_size)
+    seconds = {
+        name.replace("linear_fc1", "linear_fc2"): torch.empty(shape, device="meta")
+        for name in tensors
+        if ".experts.experts.linear_fc1." in name
+    }
+    return seconds | dict(tensors)

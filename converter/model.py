@@ -1,26 +1,23 @@
 """The facts of a model: what its weights mean, in Megatron-Core's own terms.
 
 Facts come from a TransformerConfig, from the arguments in a checkpoint, from a `run_config.yaml`,
-or from the user; they name the same things differently. `facts.NAMES` lists every accepted name of
-each field, and `ModelSpec.from_facts` reads any of them.
+or from the user; they name the same things differently. `fact_names.NAMES` lists every accepted
+name of each field, and `ModelSpec.from_facts` reads any of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from .blocks import Block, read_blocks
 from .errors import ModelError, UnsupportedOptionError
+from .fact_names import ACTIVATIONS, MODEL_TYPES, NAMES, ONLY, REFUSED
 from .facts import (
-    ACTIVATIONS,
     FLAG,
     LAYERS,
-    MODEL_TYPES,
-    NAMES,
     POSITIVE,
-    REFUSED,
     SIZE,
     SIZE_OR_NONE,
     activation_name,
@@ -42,30 +39,6 @@ from .facts import (
 PATTERNS = ("moe_layer_freq", "heterogeneous_layers_config_encoded_json")
 
 
-@dataclass(frozen=True)
-class Block:
-    """What one layer of a heterogeneous model (Nemotron-NAS) holds.
-
-    `attention` and `mlp` are "full", "linear" (replaced by one matrix) or "none" (left out).
-    """
-
-    attention: str
-    num_query_groups: int
-    mlp: str
-    ffn_hidden_size: int
-
-    def __post_init__(self) -> None:
-        for name in ("attention", "mlp"):
-            one_of(("full", "linear", "none")).check(f"blocks' {name}", getattr(self, name))
-        SIZE.check("blocks' num_query_groups", self.num_query_groups)
-        SIZE_OR_NONE.check("blocks' ffn_hidden_size", self.ffn_hidden_size)
-
-    def shard(self, tp_size: int) -> Block:
-        """What a tensor-parallel shard of the layer holds."""
-        groups = max(self.num_query_groups // tp_size, 1)
-        return Block(self.attention, groups, self.mlp, self.ffn_hidden_size // tp_size)
-
-
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
     """A model's facts. Sizes count elements; names are Megatron-Core's.
@@ -73,7 +46,8 @@ class ModelSpec:
     `kv_channels` is the size of one head. `vocab_size` is the tokenizer's, without padding;
     `None` keeps every row of the source's embedding. `moe_layers` says for each layer whether it
     is a mixture of experts. `num_local_experts` is how many of the experts a shard holds, where it
-    does not hold all. `blocks` describes each layer of a heterogeneous model.
+    does not hold all. `rope_scaling_factor` is Llama 3.1's, `seq_len_interpolation_factor` a linear
+    one; `None` is no scaling. `blocks` describes each layer of a heterogeneous model.
     """
 
     num_layers: int
@@ -96,6 +70,8 @@ class ModelSpec:
     position_embedding_type: str = "rope"
     rotary_base: float = 10000.0
     rotary_percent: float = 1.0
+    rope_scaling_factor: float | None = None
+    seq_len_interpolation_factor: float | None = None
     share_embeddings_and_output_weights: bool = False
     num_moe_experts: int = 0
     moe_ffn_hidden_size: int = 0
@@ -171,7 +147,8 @@ class ModelSpec:
         values = {field: first(merged, names) for field, names in NAMES.items()}
         values = {field: value for field, value in values.items() if value is not None}
         values |= _heads(merged) | _activation(merged) | _experts(merged) | _tied(merged)
-        values |= {"num_layers": need(merged, "num_layers", LAYERS), "blocks": _blocks(merged)}
+        values |= _rope_scaling(merged)
+        values |= {"num_layers": need(merged, "num_layers", LAYERS), "blocks": read_blocks(merged)}
         # What follows from one of the source's facts gives way to what the user says.
         values |= {name: given[name] for name in NAMES if name in given}
         if "model_type" not in values:
@@ -206,6 +183,8 @@ KINDS = {
     "position_embedding_type": one_of(("rope", "learned_absolute")),
     "rotary_base": POSITIVE,
     "rotary_percent": POSITIVE,
+    "rope_scaling_factor": optional(POSITIVE),
+    "seq_len_interpolation_factor": optional(POSITIVE),
     "share_embeddings_and_output_weights": FLAG,
     "num_moe_experts": SIZE_OR_NONE,
     "moe_ffn_hidden_size": SIZE_OR_NONE,
@@ -217,7 +196,7 @@ KINDS = {
 }
 
 # The names of facts that a user may give. How many experts a shard holds follows from its place.
-GIVEN = (*(name for name in KINDS if name != "num_local_experts"), *PATTERNS, *REFUSED)
+GIVEN = (*(name for name in KINDS if name != "num_local_experts"), *PATTERNS, *REFUSED, *ONLY)
 
 
 def _heads(facts: Mapping[str, object]) -> dict[str, object]:
@@ -263,36 +242,13 @@ def _experts(facts: Mapping[str, object]) -> dict[str, object]:
     }
 
 
+def _rope_scaling(facts: Mapping[str, object]) -> dict[str, object]:
+    """Llama 3.1's scaling; Megatron keeps a factor (8 by default) whether it is used or not."""
+    factor = first(facts, NAMES["rope_scaling_factor"])
+    used = flag(facts, ("use_rope_scaling", "rope_scaling"))
+    return {"rope_scaling_factor": (8.0 if factor is None else factor) if used else None}
+
+
 def _tied(facts: Mapping[str, object]) -> dict[str, object]:
     untied = flag(facts, ("untie_embeddings_and_output_weights",))
     return {} if untied is None else {"share_embeddings_and_output_weights": not untied}
-
-
-def _blocks(facts: Mapping[str, object]) -> tuple[Block, ...]:
-    """Blocks from `heterogeneous_layers_config_encoded_json` (DeciLM's `block_configs`)."""
-    given = facts.get("blocks")
-    encoded = facts.get("heterogeneous_layers_config_encoded_json")
-    try:
-        if given:
-            return tuple(one if isinstance(one, Block) else Block(**one) for one in given)  # type: ignore[attr-defined]
-        blocks = json.loads(str(encoded))["block_configs"] if encoded else ()
-        heads, hidden = need(facts, "num_attention_heads", SIZE), need(facts, "hidden_size", SIZE)
-        return tuple(_block(entry["attention"], entry["ffn"], heads, hidden) for entry in blocks)
-    except (TypeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-        raise ModelError(
-            f"the layers' blocks (blocks, heterogeneous_layers_config_encoded_json) cannot be "
-            f"read: {error!r}; expected an attention and an MLP for each layer"
-        ) from error
-
-
-def _block(attention: dict[str, object], ffn: dict[str, object], heads: int, hidden: int) -> Block:
-    groups = heads // int(attention.get("n_heads_in_group") or heads)  # type: ignore[call-overload]
-    # DeciLM rounds the MLP's width up to a multiple of 256 (as Megatron's heterogeneous config).
-    width = int(2 * float(ffn.get("ffn_mult") or 0) * hidden / 3)  # type: ignore[arg-type]
-    return Block(_replaced(attention), groups, _replaced(ffn), -(-width // 256) * 256)
-
-
-def _replaced(entry: dict[str, object]) -> str:
-    if entry.get("no_op"):
-        return "none"
-    return "linear" if entry.get("replace_with_linear") else "full"

@@ -19,11 +19,12 @@ from safetensors import safe_open
 
 from fuseport.kernels.reference import fused_copy_ref
 
+from .blocks import Block
 from .checkpoint import MANIFEST, file_digest, raw_bytes, read_json
 from .convert import BATCH, CheckpointPlan, compute, plan_checkpoint
 from .coverage import uses
 from .errors import FuseportError, VerificationError
-from .model import Block, ModelSpec
+from .model import ModelSpec
 from .plan import batches
 from .recipe import Recipe
 from .targets.trtllm_check import REQUIRED, expected_matrices

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..blocks import Block
 from ..claims import Claims
 from ..logical import (
     Attention,
@@ -22,7 +23,7 @@ from ..logical import (
     Norm,
     Projection,
 )
-from ..model import Block, ModelSpec
+from ..model import ModelSpec
 from .megatron_names import IGNORED, SPELLINGS, mlp_spellings
 
 
@@ -68,8 +69,8 @@ class _Reader:
         weight = self._whole("final_norm.weight", (self.spec.hidden_size,))
         if weight is None:
             return None
-        find = self.claims.need if self.spec.normalization == "LayerNorm" else self.claims.take
-        bias = find(SPELLINGS["final_norm.bias"], (self.spec.hidden_size,))
+        expected = self.spec.normalization == "LayerNorm"
+        bias = self.claims.want(SPELLINGS["final_norm.bias"], (self.spec.hidden_size,), expected)
         return Norm(weight, bias, self._shift())
 
     def _output(self) -> torch.Tensor | None:
@@ -82,9 +83,9 @@ class _Reader:
         block = self.spec.block(index)
         scope = _Scope(self.claims, prefix, self.spec)
         return Layer(
-            input_norm=scope.norm("input_norm", self.spec.hidden_size, block.attention == "full"),
+            input_norm=scope.norm("input_norm", self.spec.hidden_size, _if_full(block.attention)),
             attention=self._attention(scope, block),
-            mlp_norm=scope.norm("mlp_norm", self.spec.hidden_size, block.mlp == "full"),
+            mlp_norm=scope.norm("mlp_norm", self.spec.hidden_size, _if_full(block.mlp)),
             mlp=self._mlp(scope, block, index),
         )
 
@@ -93,7 +94,7 @@ class _Reader:
 
     def _attention(self, scope: _Scope, block: Block) -> Attention | Linear | None:
         if block.attention != "full":
-            return scope.linear("attention_linear") if block.attention == "linear" else None
+            return scope.linear("attention_linear", block) if block.attention == "linear" else None
         q, k, v = scope.qkv(block.num_query_groups)
         head = self.spec.kv_channels
         heads = self.spec.num_attention_heads
@@ -109,17 +110,17 @@ class _Reader:
 
     def _mlp(self, scope: _Scope, block: Block, index: int) -> Mlp | Moe | Linear | None:
         if block.mlp != "full":
-            return scope.linear("mlp_linear") if block.mlp == "linear" else None
+            return scope.linear("mlp_linear", block) if block.mlp == "linear" else None
         if not self.spec.is_moe(index):
             return scope.mlp("dense", block.ffn_hidden_size)
         experts, hidden = self.spec.num_moe_experts, self.spec.hidden_size
         width = self.spec.moe_shared_expert_intermediate_size
         return Moe(
             router=scope.need("router", (experts, hidden)),
-            router_bias=scope.take("router_bias", (experts,), False),
+            router_bias=scope.take("router_bias", (experts,), None),
             experts=scope.experts(),
             shared=scope.mlp("shared", width) if width else None,
-            shared_gate=scope.take("shared_gate", (1, hidden), False),
+            shared_gate=scope.take("shared_gate", (1, hidden), None),
         )
 
 
@@ -131,8 +132,8 @@ class _Scope:
         self.prefix = prefix
         self.spec = spec
 
-    def take(self, part: str, shape: tuple[int, ...], needed: bool) -> torch.Tensor | None:
-        return self._find(SPELLINGS[part], shape, needed)
+    def take(self, part: str, shape: tuple[int, ...], expected: bool | None) -> torch.Tensor | None:
+        return self._find(SPELLINGS[part], shape, expected)
 
     def need(self, part: str, shape: tuple[int, ...]) -> torch.Tensor:
         return self.claims.need(self._keys(SPELLINGS[part]), shape)
@@ -141,21 +142,25 @@ class _Scope:
         return tuple(self.prefix + spelling for spelling in spellings)
 
     def _find(
-        self, spellings: tuple[str, ...], shape: tuple[int, ...], needed: bool
+        self, spellings: tuple[str, ...], shape: tuple[int, ...], expected: bool | None
     ) -> torch.Tensor | None:
-        find = self.claims.need if needed else self.claims.take
-        return find(self._keys(spellings), shape)
+        """`expected` is what the facts say of the tensor; None where they say nothing."""
+        keys = self._keys(spellings)
+        if expected is None:
+            return self.claims.take(keys, shape)
+        return self.claims.want(keys, shape, expected)
 
-    def norm(self, part: str, size: int, needed: bool) -> Norm | None:
-        weight = self.take(f"{part}.weight", (size,), needed)
+    def norm(self, part: str, size: int, expected: bool | None) -> Norm | None:
+        weight = self.take(f"{part}.weight", (size,), expected)
         if weight is None:
             return None
         shift = 1.0 if self.spec.layernorm_zero_centered_gamma else 0.0
         bias = self.take(f"{part}.bias", (size,), self.spec.normalization == "LayerNorm")
         return Norm(weight, bias, shift)
 
-    def linear(self, part: str) -> Linear:
-        return Linear(self.need(part, (self.spec.hidden_size, self.spec.hidden_size)))
+    def linear(self, part: str, block: Block) -> Linear:
+        hidden = self.spec.hidden_size
+        return Linear(self.need(part, (block.linear_rows or hidden, hidden)))
 
     def qkv(self, groups: int) -> tuple[Projection, Projection, Projection]:
         """linear_qkv's rows are, for each query group: its query heads, then its key and value."""
@@ -172,9 +177,9 @@ class _Scope:
     def mlp(self, kind: str, width: int, expert: int = 0) -> Mlp:
         hidden, bias = self.spec.hidden_size, self.spec.add_bias_linear
 
-        def find(part: str, shape: tuple[int, ...], needed: bool) -> torch.Tensor | None:
+        def find(part: str, shape: tuple[int, ...], expected: bool | None) -> torch.Tensor | None:
             keys = (key.replace("{e}", str(expert)) for key in mlp_spellings(kind, part))
-            return self._find(tuple(keys), shape, needed)
+            return self._find(tuple(keys), shape, expected)
 
         down = find("fc2", (hidden, width), True)
         assert down is not None
@@ -191,12 +196,12 @@ class _Scope:
         count, width = self.spec.local_experts, self.spec.moe_ffn_hidden_size
         hidden = self.spec.hidden_size
         halves = 2 if self.spec.gated_linear_unit else 1
-        stacked = self.take("experts.fc2", (count, hidden, width), False)
+        stacked = self.take("experts.fc2", (count, hidden, width), None)
         if stacked is not None:
-            first = self.take("experts.fc1", (count, halves * width, hidden), False)
+            first = self.take("experts.fc1", (count, halves * width, hidden), None)
             firsts = self._singleton_halves() if first is None else _experts_first(first, halves)
             return _assemble(firsts, stacked)
-        grouped = self.take("experts.weight2", (count * width, hidden), False)
+        grouped = self.take("experts.weight2", (count * width, hidden), None)
         if grouped is not None:
             # Its memory is [E, F, H] and [E, H, 2F], whatever the parameter's shape says.
             weight1 = self.need("experts.weight1", (hidden, count * halves * width))
@@ -212,6 +217,11 @@ class _Scope:
         return [(gate[expert], up[expert]) for expert in range(count)]
 
 
+def _if_full(part: str) -> bool | None:
+    """Whether a norm is expected before a part; what was replaced or left out may have kept it."""
+    return True if part == "full" else None
+
+
 def _split_qkv(tensor: torch.Tensor, groups: int, head: int) -> tuple[torch.Tensor, ...]:
     """[G·(Q+2)·D, …] → q [G, Q, D, …], k [G, D, …], v [G, D, …]."""
     per_group = tensor.unflatten(0, (groups, -1, head))
@@ -221,7 +231,7 @@ def _split_qkv(tensor: torch.Tensor, groups: int, head: int) -> tuple[torch.Tens
 
 def _halves(find, width: int, hidden: int, bias: bool) -> tuple[Half, Half]:  # type: ignore[no-untyped-def]
     """Gate and up of a gated MLP: from one matrix [2F, H], or kept apart (weight_w, weight_v)."""
-    apart = find("fc1_gate", (width, hidden), False)
+    apart = find("fc1_gate", (width, hidden), None)
     if apart is not None:
         up = find("fc1_up", (width, hidden), True)
         biases = (

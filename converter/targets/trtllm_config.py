@@ -130,8 +130,27 @@ def _positions(spec: ModelSpec) -> dict[str, object]:
         "position_embedding_type": "rope_gpt_neox",
         "rotary_base": spec.rotary_base,
         "rotary_pct": spec.rotary_percent,
+        **_rope_scaling(spec),
         **length,
     }
+
+
+def _rope_scaling(spec: ModelSpec) -> dict[str, object]:
+    """TensorRT-LLM takes Hugging Face's `rope_scaling`; the frequencies' bounds are Llama 3.1's."""
+    if spec.rope_scaling_factor is not None:
+        return {
+            "rotary_scaling": {
+                "type": "llama3",
+                "rope_type": "llama3",
+                "factor": spec.rope_scaling_factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            }
+        }
+    if spec.seq_len_interpolation_factor is not None:
+        return {"rotary_scaling": {"type": "linear", "factor": spec.seq_len_interpolation_factor}}
+    return {}
 
 
 def _experts(spec: ModelSpec) -> dict[str, object]:

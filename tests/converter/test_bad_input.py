@@ -28,9 +28,9 @@ from fuseport.converter.errors import (
     UnsafeSourceError,
     UnsupportedOptionError,
 )
-from fuseport.converter.facts import MODEL_TYPES, REFUSED
+from fuseport.converter.fact_names import MODEL_TYPES, REFUSED
 from fuseport.converter.model import GIVEN, KINDS
-from fuseport.converter.targets.trtllm_config import FAMILIES
+from fuseport.converter.targets.trtllm_config import FAMILIES, config
 
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
 FC2 = "decoder.layers.mlp.linear_fc2.weight"
@@ -136,6 +136,8 @@ SENSE: dict[str, list[object]] = {
     "layernorm_epsilon": [1.5, 10**30],
     "rotary_base": [1.5, 10**30],
     "rotary_percent": [1.5, 10**30],
+    "rope_scaling_factor": [1.5, 10**30],
+    "seq_len_interpolation_factor": [1.5, 10**30],
     "blocks": [""],
     "moe_layers": [""],
     "heterogeneous_layers_config_encoded_json": [""],
@@ -410,3 +412,37 @@ def test_run_config_that_cannot_be_read(text: str, tmp_path: Path) -> None:
     directory = write_tiny(tmp_path / "s", facts=None) / ITERATION
     (directory / "run_config.yaml").write_text(text)
     refused(CorruptSourceError, "not readable as YAML", tmp_path / "s", tmp_path / "out")
+
+
+def test_biases_that_source_and_facts_do_not_share(source: Path, tmp_path: Path) -> None:
+    """Converting them all the same would leave config.json without a word of them."""
+    with pytest.raises(MissingTensorError, match=r"linear_proj\.bias|linear_qkv\.bias"):
+        convert_checkpoint(source, tmp_path / "out", Recipe(), {"add_bias_linear": True})
+    name = "decoder.layers.self_attention.linear_qkv.bias"
+    other = write_tiny(tmp_path / "other", tiny_weights() | {name: torch.randn(2, 32)})
+    with pytest.raises(UnknownTensorError, match=r"layers\.0\.self_attention\.linear_qkv\.bias"):
+        convert_checkpoint(other, tmp_path / "out", Recipe())
+    convert_checkpoint(other, tmp_path / "out", Recipe(), {"add_qkv_bias": True})
+
+
+def test_llama_3_rope_scaling_reaches_the_config(source: Path) -> None:
+    spec = ModelSpec.from_facts(FACTS | {"use_rope_scaling": True, "rope_scaling_factor": 32.0})
+    assert config(spec, Recipe(), 30)["rotary_scaling"] == {
+        "type": "llama3",
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }
+    unused = ModelSpec.from_facts(FACTS | {"use_rope_scaling": False, "rope_scaling_factor": 8.0})
+    assert "rotary_scaling" not in config(unused, Recipe(), 30)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("moe_router_score_function", "sigmoid"), ("softmax_type", "learnable")],
+)
+def test_options_of_which_one_value_is_handled(option: str, value: str) -> None:
+    with pytest.raises(UnsupportedOptionError, match=option):
+        ModelSpec.from_facts(FACTS | {option: value})

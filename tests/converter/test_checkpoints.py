@@ -8,11 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuseport.converter import Recipe, convert_checkpoint, verify_checkpoint
-from fuseport.converter.errors import VerificationError
 from fuseport_testing.cases import BY_NAME, CASES, some_tokens
 from fuseport_testing.megatron_models import Run
 from fuseport_testing.trtllm_runtime import runtime_logits
+
+from fuseport.converter import Recipe, convert_checkpoint, verify_checkpoint
+from fuseport.converter.errors import VerificationError
 
 Runs = Callable[..., Run]
 LAYOUTS = [(case.name, layout) for case in CASES for layout in case.layouts]

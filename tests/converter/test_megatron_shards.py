@@ -14,11 +14,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fuseport.converter import ModelSpec, Recipe, convert_state_dict
 from fuseport.converter.megatron import DistributedTRTLLMModelWeightsConverter, Parallel
 from fuseport.converter.recipe import DTYPES
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 if importlib.util.find_spec("megatron") is None:
     pytest.skip("needs megatron-core", allow_module_level=True)

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from fuseport.converter import ModelSpec, Recipe, convert_state_dict
 from fuseport.converter.megatron import SingleDeviceTRTLLMModelWeightsConverter
 from fuseport.converter.model import Block
 from fuseport.converter.recipe import DTYPES
 from fuseport.kernels.move import GivenScale
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 if importlib.util.find_spec("megatron") is None:
     pytest.skip("needs megatron-core", allow_module_level=True)
@@ -65,7 +66,7 @@ def drop_in(
     activation: str = "gelu",
     scales: Mapping[str, float] | None = None,
 ) -> SingleDeviceTRTLLMModelWeightsConverter:
-    """fuseport's converter, made with Megatron's own classes."""
+    """Fuseport's converter, made with Megatron's own classes."""
     export = ExportConfig(
         inference_tp_size=tp, inference_pp_size=pp, use_parallel_embedding=parallel_embedding
     )

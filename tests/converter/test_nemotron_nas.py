@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import torch
+
 from fuseport.converter import ModelSpec, Recipe, convert_state_dict
 
 HIDDEN, HEADS, HEAD = 48, 4, 12

@@ -6,11 +6,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from fuseport.converter import ModelSpec, Recipe, convert_state_dict
 from fuseport_testing.cases import BY_NAME, CASES, Case, megatron_args
 from fuseport_testing.megatron_models import Run
 from fuseport_testing.oracle import oracle_trtllm
 from fuseport_testing.spellings import with_grouped_experts, with_te_norms
+
+from fuseport.converter import ModelSpec, Recipe, convert_state_dict
 
 Runs = Callable[..., Run]
 State = dict[str, torch.Tensor]

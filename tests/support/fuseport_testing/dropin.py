@@ -8,6 +8,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+
 from fuseport.converter import exchange, megatron
 
 from .cases import Case
