@@ -16,9 +16,9 @@ test: setup ## run the tests
 check: ## lint, types and tests
 	scripts/check
 
-bench: ## run the benchmarks
-	@scripts/setup bench
-	.venv/bin/python -m pytest benchmarks --benchmark-only
+bench: setup ## time the kernels, and the drop-in beside Megatron-Core (needs a GPU)
+	.venv/bin/python -m benchmarks.bench_rank
+	.venv/bin/python -m benchmarks.bench_dropin
 
 clean: ## remove .venv and everything that is generated
 	rm -rf .venv .typecheck build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

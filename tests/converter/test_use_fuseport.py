@@ -25,12 +25,11 @@ from fuseport_testing.megatron_reference import (
     Place,
     a_rank,
     distributed_module,
-    nothing_to_sum,
     single_module,
     stacked,
     transformer_config,
 )
-from fuseport_testing.small_models import WORDS, State, assert_same_bits, random_state, small
+from fuseport_testing.small_models import OUTPUT, WORDS, State, assert_same_bits, random_state, small
 from fuseport_testing.trtllm_helper import helper_module, model_type, trtllm, with_scales
 
 HELD_BY = {
@@ -108,12 +107,10 @@ def test_a_script_for_each_device(fp8: bool, rank: int) -> None:
     case = small(vocab=12, padded_vocab=16)
     held, table = shards(case, 2), random_state(case)
     state = with_scales(held[rank], is_linear) if fp8 else held[rank]
-    # The word embedding is summed first, then the output layer.
-    tables = {2 * 8: iter(())}
-    assert tables
 
     def script() -> list[State]:
-        sums = iter((table[WORDS], table["output_layer.weight"]))
+        # The reference sums the word embedding first, then the output layer.
+        sums = iter((table[WORDS], table[OUTPUT]))
 
         def summed(tensor: torch.Tensor, group: object) -> None:
             tensor.copy_(next(sums))
@@ -124,24 +121,21 @@ def test_a_script_for_each_device(fp8: bool, rank: int) -> None:
     assert_unchanged_by_fuseport(script)
 
 
+def converter_of_a_script(case: Case) -> type:
+    with trtllm():
+        one = helper(case)
+        one.get_trtllm_pretrained_config_and_model_weights(
+            random_state(case), DataType.float32, ExportConfig()
+        )
+    return type(one.weights_converter)
+
+
 def test_the_helper_uses_our_classes_within_the_block_only() -> None:
-    case = small()
-    for expected in (megatron, None):
-        with trtllm(), a_rank(Place(1, 1, 0, 0), nothing_to_sum):
-            one = helper(case)
-            state = {"model_state_dict": random_state(case), "dtype": DataType.float32}
-            if expected is None:
-                one.get_trtllm_pretrained_config_and_model_weights(
-                    **state, export_config=ExportConfig()
-                )
-                assert type(one.weights_converter).__module__ == single_module.__name__
-                continue
-            with use_fuseport():
-                one.get_trtllm_pretrained_config_and_model_weights(
-                    **state, export_config=ExportConfig()
-                )
-            single = megatron.SingleDeviceTRTLLMModelWeightsConverter
-            assert type(one.weights_converter) is single
+    with use_fuseport():
+        within = converter_of_a_script(small())
+    assert within is megatron.SingleDeviceTRTLLMModelWeightsConverter
+    after = converter_of_a_script(small())
+    assert after is single_module.SingleDeviceTRTLLMModelWeightsConverter
 
 
 def test_megatrons_classes_are_back_after_the_block() -> None:
