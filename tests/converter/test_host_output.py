@@ -128,9 +128,7 @@ def test_on_the_cpu_results_are_what_the_moves_say(plan: list[Planned]) -> None:
     for found, planned in zip(output.run(), plan, strict=True):
         expected = torch.empty(planned.dst.shape, dtype=planned.dst.dtype)
         for move in planned.moves:
-            view = expected.as_strided(
-                move.dst.shape, move.dst.stride(), move.dst.storage_offset()
-            )
+            view = expected.as_strided(move.dst.shape, move.dst.stride(), move.dst.storage_offset())
             preparer("torch", CPU)([Move(view, move.src, move.shift, move.quant)])()
         assert found.is_contiguous()
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+
 from fuseport.converter.megatron import (
     DistributedTRTLLMModelWeightsConverter,
     Parallel,

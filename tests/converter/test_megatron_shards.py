@@ -105,9 +105,7 @@ def test_shards_with_layers_that_are_replaced_or_left_out(tp: int) -> None:
         stage = {"names": NEMOTRON_NAS_NAMES}
         facts = (nas_config(case), pp, pp_rank, "float32", case.vocab)
         expected = reference_distributed(held, *facts, **stage)
-        found = convert_stage(
-            held, nas_config(case), case.vocab, pp=pp, pp_rank=pp_rank, **stage
-        )
+        found = convert_stage(held, nas_config(case), case.vocab, pp=pp, pp_rank=pp_rank, **stage)
         for mine, its in zip(found, expected, strict=True):
             assert_same_bits(mine, its)
 
@@ -154,7 +152,9 @@ def whole(case: Case, tp: int, pp: int, dtype: str) -> list[State]:
 
 
 @pytest.mark.parametrize("apart", [False, True])
-@pytest.mark.parametrize(("tp", "ep", "pp"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2), (4, 4, 1)])
+@pytest.mark.parametrize(
+    ("tp", "ep", "pp"), [(1, 1, 1), (2, 1, 2), (2, 2, 1), (4, 2, 2), (4, 4, 1)]
+)
 def test_shards_of_experts(tp: int, ep: int, pp: int, apart: bool) -> None:
     case = small(experts=4, layers=3, moe_layers=(0, 1, 1), moe_ffn=8)
     state, dtype = experts_apart(random_state(case)), torch.bfloat16

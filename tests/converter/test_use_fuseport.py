@@ -29,7 +29,14 @@ from fuseport_testing.megatron_reference import (
     stacked,
     transformer_config,
 )
-from fuseport_testing.small_models import OUTPUT, WORDS, State, assert_same_bits, random_state, small
+from fuseport_testing.small_models import (
+    OUTPUT,
+    WORDS,
+    State,
+    assert_same_bits,
+    random_state,
+    small,
+)
 from fuseport_testing.trtllm_helper import helper_module, model_type, trtllm, with_scales
 
 HELD_BY = {
@@ -140,10 +147,15 @@ def test_the_helper_uses_our_classes_within_the_block_only() -> None:
 
 def test_megatrons_classes_are_back_after_the_block() -> None:
     before = {(m, n): getattr(m, n) for n, modules in HELD_BY.items() for m in modules}
-    with pytest.raises(KeyError, match="on purpose"), use_fuseport():
-        for module, name in before:
-            assert getattr(module, name) is REPLACED[name]
-        raise KeyError("on purpose")
+
+    def script() -> None:
+        with use_fuseport():
+            for module, name in before:
+                assert getattr(module, name) is REPLACED[name]
+            raise KeyError("on purpose")
+
+    with pytest.raises(KeyError, match="on purpose"):
+        script()
     for (module, name), original in before.items():
         assert getattr(module, name) is original
         assert original is not REPLACED[name]

@@ -35,9 +35,10 @@ def check(
     shift: float = 0.0,
     quant: GivenScale | None = None,
     native: bool | None = None,
+    counting: tuple[bool, ...] = (False, True),
 ) -> None:
     """Poison both destinations, run kernel and reference, and compare values and counters."""
-    for count in (False, True):
+    for count in counting:
         dst, expected = poisoned(src.shape, dtype), poisoned(src.shape, dtype)
         move, twin = Move(dst, src, shift, quant), Move(expected, src, shift, quant)
         found = FusedCopy([move], native_e4m3=native).run(count=count)
@@ -86,7 +87,9 @@ def test_every_dtype_and_shape(shape: str, source: torch.dtype, dtype: torch.dty
     torch.manual_seed(0)
     make, view = SHAPES[shape]
     src = view(make(source))
-    check(src, dtype)
+    # Counting is code of its own for each kind, and compiling it takes a GPU's test run long.
+    counted = shape in ("odd rows and columns", "transposed, odd", "strided", "full tiles")
+    check(src, dtype, counting=(False, True) if counted else (False,))
     if shape in ("odd rows and columns", "transposed"):
         check(src, dtype, shift=1.0)
         if dtype is E4M3:
