@@ -92,7 +92,7 @@ def test_every_name_of_the_enumeration_is_tried() -> None:
 
 def single_pair(config: Any, tp: int) -> tuple[Any, Any]:
     """Fuseport's and Megatron's single-device converters."""
-    options = {"activation": "gelu", "scales": given_scales(QUANTS)}
+    options: dict[str, Any] = {"activation": "gelu", "scales": given_scales(QUANTS)}
     args = (ExportConfig(inference_tp_size=tp), config, DataType.float32)
     with stand_ins(single_module):
         its = single_module.SingleDeviceTRTLLMModelWeightsConverter(*args, **options)
@@ -101,7 +101,7 @@ def single_pair(config: Any, tp: int) -> tuple[Any, Any]:
 
 def distributed_pair(config: Any, tp: int = 1, rank: int = 0) -> tuple[Any, Any]:
     """Fuseport's and Megatron's distributed converters."""
-    options = {"activation": "gelu", "scales": given_scales(QUANTS)}
+    options: dict[str, Any] = {"activation": "gelu", "scales": given_scales(QUANTS)}
     args = (config, DataType.float32)
     with stand_ins(distributed_module), a_rank(Place(tp, 1, rank, 0), nothing_to_sum):
         its = distributed_module.DistributedTRTLLMModelWeightsConverter(*args, **options)

@@ -163,8 +163,7 @@ def test_shards_of_experts(tp: int, ep: int, pp: int, apart: bool) -> None:
     for pp_rank in range(pp):
         held = shards(case, tp, pp, pp_rank, ep)
         held = [experts_apart(shard) for shard in held] if apart else held
-        stage = {"pp": pp, "pp_rank": pp_rank, "ep": ep}
-        found = convert_stage(held, config, case.vocab, "bfloat16", **stage)
+        found = convert_stage(held, config, case.vocab, "bfloat16", pp=pp, pp_rank=pp_rank, ep=ep)
         for rank, mine in enumerate(found):
             assert_same_bits(mine, expected[pp_rank * tp + rank])
 

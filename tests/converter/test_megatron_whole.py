@@ -17,8 +17,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fuseport.converter import ModelSpec, Recipe, convert_state_dict
+from fuseport.converter.blocks import Block
 from fuseport.converter.megatron import SingleDeviceTRTLLMModelWeightsConverter
-from fuseport.converter.model import Block
 from fuseport.converter.recipe import DTYPES
 from fuseport.kernels.move import GivenScale
 

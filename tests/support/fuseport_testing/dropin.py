@@ -64,7 +64,7 @@ def convert_case(
 ) -> list[State]:
     """The same for a stage of the case's random state."""
     held = shards(case, tp, pp, pp_rank, ep)
-    stage = {"pp": pp, "pp_rank": pp_rank, "ep": ep}
+    stage: dict[str, Any] = {"pp": pp, "pp_rank": pp_rank, "ep": ep}
     return convert_stage(held, transformer_config(case), case.vocab, **stage, **options)
 
 
