@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +13,9 @@ from fuseport_testing.cases import BY_NAME, CASES, some_tokens
 from fuseport_testing.megatron_models import Run
 from fuseport_testing.trtllm_runtime import runtime_logits
 
-from fuseport.converter import Recipe, convert_checkpoint, verify_checkpoint
+from fuseport.converter import Recipe, convert_checkpoint, plan_checkpoint, verify_checkpoint
 from fuseport.converter.errors import VerificationError
+from fuseport.converter.verify import account
 
 Runs = Callable[..., Run]
 LAYOUTS = [(case.name, layout) for case in CASES for layout in case.layouts]
@@ -129,3 +131,11 @@ def test_accounting(megatron_run: Runs, tmp_path: Path) -> None:
     assert counts.repeated == norms + keys + case.vocab * case.hidden + case.hidden
     total = sum(t.numel() for t in run.state().values() if isinstance(t, torch.Tensor))
     assert counts.once + counts.repeated - case.hidden + 2 * padding == total
+
+
+def test_source_elements_that_nothing_uses_are_an_error(megatron_run: Runs) -> None:
+    plan = plan_checkpoint(megatron_run("llama").checkpoint("stacked"), Recipe())
+    account(plan)
+    short = dataclasses.replace(plan, tensors=plan.tensors[:-1])
+    with pytest.raises(VerificationError, match="are used by no target tensor"):
+        account(short)
