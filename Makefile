@@ -11,7 +11,7 @@ demo: setup ## convert, inspect and verify a small model
 	.venv/bin/fuseport demo
 
 test: setup ## run the tests
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 16 --dist worksteal
 
 check: ## lint, types and tests
 	scripts/check
