@@ -18,7 +18,8 @@ from .model import ModelSpec
 from .recipe import DTYPES, Recipe
 from .sources.megatron import read_model
 from .state import zero_row
-from .targets.trtllm import TargetTensor, TrtllmRules
+from .targets.parts import TargetTensor
+from .targets.trtllm import TrtllmRules
 
 # The reference's activations that have a gate.
 GATED = ("swiglu", "geglu", "fast-swiglu", "fast-geglu")

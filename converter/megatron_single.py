@@ -19,7 +19,8 @@ from .recipe import Recipe, check
 from .sources.megatron import read_model
 from .sources.source import by_layer
 from .state import weights, zero_row
-from .targets.trtllm import TargetTensor, TrtllmRules
+from .targets.parts import TargetTensor
+from .targets.trtllm import TrtllmRules
 from .targets.trtllm_config import padded_vocab_size
 
 EMBEDDING, POSITIONS = "transformer.vocab_embedding.weight", "transformer.position_embedding.weight"

@@ -15,7 +15,7 @@ import torch
 from fuseport.kernels.move import Move
 
 from .layout import Shape, pairs, shape_of
-from .targets.trtllm import TargetTensor
+from .targets.parts import TargetTensor
 
 
 class Allocate(Protocol):

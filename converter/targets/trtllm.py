@@ -13,8 +13,7 @@ model classes for the row orders:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from functools import partial
 
 import torch
@@ -26,87 +25,13 @@ from ..layout import Layout, Stack, cat, flat_columns, flat_rows
 from ..logical import Attention, Half, Layer, Linear, Mlp, Model, Moe, Norm
 from ..model import ModelSpec
 from ..recipe import Recipe
+from .parts import Part, Shard, TargetTensor, Unit
 from .trtllm_config import FAMILIES, padded_vocab_size, pp_layers
-
-
-@dataclass(frozen=True)
-class TargetTensor:
-    """One tensor of one rank's file: what it is made of, and what happens to its values."""
-
-    rank: int
-    name: str
-    layout: Layout
-    dtype: torch.dtype
-    shift: float = 0.0
-    quant: GivenScale | None = None
-    replicated: bool = False
-
-
-@dataclass(frozen=True)
-class Part:
-    """A rule's answer: a tensor's name, in its layer if it is of one, and what it is made of.
-
-    `replicated` ones are alike on all ranks.
-    """
-
-    name: str
-    layout: Layout
-    shift: float = 0.0
-    dtype: torch.dtype | None = None
-    replicated: bool = False
-
-
-@dataclass(frozen=True)
-class Unit:
-    """Something whole of a stage: its parts for a shard, and what goes before their names.
-
-    `whole_prefix` numbers a layer in the whole model, `prefix` in its stage.
-    """
-
-    parts: Callable[[Shard], Iterator[Part]]
-    prefix: str = ""
-    whole_prefix: str = ""
 
 
 def layer_prefix(number: int) -> str:
     """What goes before the names of a layer's parts."""
     return f"transformer.layers.{number}."
-
-
-@dataclass(frozen=True)
-class Shard:
-    """A tensor-parallel rank's place: index `rank` of `size`."""
-
-    rank: int
-    size: int
-
-    def along(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
-        """This shard's equal share of an axis."""
-        length = tensor.shape[axis] // self.size
-        return tensor.narrow(axis, self.rank * length, length)
-
-    def rows(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Column-parallel: this shard's output rows."""
-        return self.along(tensor, 0)
-
-    def columns(self, tensor: torch.Tensor) -> torch.Tensor:
-        """Row-parallel: this shard's input columns."""
-        return self.along(tensor, 1)
-
-    def query_heads(self, q: torch.Tensor) -> torch.Tensor:
-        """[G, Q, …] → this shard's query heads: whole groups, or a part of one group."""
-        groups = q.shape[0]
-        if self.size <= groups:
-            return self.rows(q)
-        repeats = self.size // groups
-        return Shard(self.rank % repeats, repeats).along(self._group(q), 1)
-
-    def kv_heads(self, k: torch.Tensor) -> torch.Tensor:
-        """[G, …] → this shard's KV heads; ranks that share a query group get the same one."""
-        return self.rows(k) if self.size <= k.shape[0] else self._group(k)
-
-    def _group(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.narrow(0, self.rank * tensor.shape[0] // self.size, 1)
 
 
 class TrtllmRules:
@@ -150,7 +75,10 @@ class TrtllmRules:
         if quant is not None:
             dtype = torch.float8_e4m3fn
         name = unit.prefix + part.name
-        return TargetTensor(rank, name, part.layout, dtype, part.shift, quant, part.replicated)
+        group = unit.whole_prefix + part.group if part.group else ""
+        return TargetTensor(
+            rank, name, part.layout, dtype, part.shift, quant, part.replicated, group
+        )
 
     def _units(self, stage: int) -> Iterator[Unit]:
         """What a stage holds: its input, its layers, its output."""
@@ -186,7 +114,7 @@ class TrtllmRules:
             # A tied head is left out where its stage has the embedding, and only there.
             head = self.model.embedding
         if head is not None:
-            yield Part("lm_head.weight", self._vocabulary(head, shard))
+            yield Part("lm_head.weight", self._vocabulary(head, shard), group="lm_head")
 
     def _vocabulary(self, table: torch.Tensor, shard: Shard) -> Layout:
         """A shard's rows of an embedding: training's padding stripped, the target's added."""
@@ -208,7 +136,8 @@ class TrtllmRules:
         if isinstance(layer.attention, Attention):
             yield from attention(names.attention, layer.attention, shard)
         elif isinstance(layer.attention, Linear):
-            yield Part(names.attention + ".weight", shard.rows(layer.attention.weight))
+            weight = shard.rows(layer.attention.weight)
+            yield Part(names.attention + ".weight", weight, group=names.attention)
         if layer.mlp_norm is not None:
             yield from norm(names.mlp_norm, layer.mlp_norm)
         if isinstance(layer.mlp, Mlp):
@@ -216,7 +145,8 @@ class TrtllmRules:
         elif isinstance(layer.mlp, Moe):
             yield from moe(names.mlp, layer.mlp, shard, self.recipe)
         elif isinstance(layer.mlp, Linear):
-            yield Part(names.mlp + ".weight", shard.rows(layer.mlp.weight))
+            weight = shard.rows(layer.mlp.weight)
+            yield Part(names.mlp + ".weight", weight, group=names.mlp)
 
 
 def norm(name: str, weights: Norm) -> Iterator[Part]:
@@ -230,12 +160,13 @@ def attention(name: str, weights: Attention, shard: Shard) -> Iterator[Part]:
     """[q; k; v] rows of the shard's heads, and the output columns that read those heads."""
     q, k, v = weights.q, weights.k, weights.v
     rows = (shard.query_heads(q.weight), shard.kv_heads(k.weight), shard.kv_heads(v.weight))
-    yield Part(f"{name}.qkv.weight", cat(*(flat_rows(part, part.ndim - 1) for part in rows)))
+    weight = cat(*(flat_rows(part, part.ndim - 1) for part in rows))
+    yield Part(f"{name}.qkv.weight", weight, group=f"{name}.qkv")
     if q.bias is not None and k.bias is not None and v.bias is not None:
         biases = (shard.query_heads(q.bias), shard.kv_heads(k.bias), shard.kv_heads(v.bias))
         yield Part(f"{name}.qkv.bias", cat(*(flat_rows(part, part.ndim) for part in biases)))
     columns = shard.query_heads(weights.out.movedim(0, 2)).movedim(2, 0)
-    yield Part(f"{name}.dense.weight", flat_columns(columns))
+    yield Part(f"{name}.dense.weight", flat_columns(columns), group=f"{name}.dense")
     if weights.out_bias is not None:
         yield Part(f"{name}.dense.bias", weights.out_bias, replicated=True)
     for head_norm, part in ((weights.q_norm, "q_layernorm"), (weights.k_norm, "k_layernorm")):
@@ -243,9 +174,9 @@ def attention(name: str, weights: Attention, shard: Shard) -> Iterator[Part]:
             yield from norm(f"{name}.{part}", head_norm)
 
 
-def half(name: str, weights: Half, shard: Shard) -> Iterator[Part]:
+def half(name: str, weights: Half, shard: Shard, group: str) -> Iterator[Part]:
     """One column-parallel half of an MLP's first matrix."""
-    yield Part(f"{name}.weight", shard.rows(weights.weight))
+    yield Part(f"{name}.weight", shard.rows(weights.weight), group=group)
     if weights.bias is not None:
         yield Part(f"{name}.bias", shard.rows(weights.bias))
 
@@ -253,8 +184,8 @@ def half(name: str, weights: Half, shard: Shard) -> Iterator[Part]:
 def mlp(name: str, weights: Mlp, shard: Shard) -> Iterator[Part]:
     """`fc` is the half that is activated (the only one if not gated), `gate` the other."""
     for part, weight in zip(("fc", "gate"), weights.halves, strict=False):
-        yield from half(f"{name}.{part}", weight, shard)
-    yield Part(f"{name}.proj.weight", shard.columns(weights.down))
+        yield from half(f"{name}.{part}", weight, shard, f"{name}.fc")
+    yield Part(f"{name}.proj.weight", shard.columns(weights.down), group=f"{name}.proj")
     if weights.down_bias is not None:
         yield Part(f"{name}.proj.bias", weights.down_bias, replicated=True)
 
@@ -270,8 +201,10 @@ def moe(name: str, weights: Moe, shard: Shard, recipe: Recipe) -> Iterator[Part]
     count = len(weights.experts) // recipe.moe_ep_size
     first = shard.rank % recipe.moe_ep_size * count
     local = weights.experts[first : first + count]
-    yield Part(f"{name}.fc.weight", Stack(tuple(_expert_first(one, slice_) for one in local)))
-    yield Part(f"{name}.proj.weight", Stack(tuple(slice_.columns(one.down) for one in local)))
+    first_matrix = Stack(tuple(_expert_first(one, slice_) for one in local))
+    second_matrix = Stack(tuple(slice_.columns(one.down) for one in local))
+    yield Part(f"{name}.fc.weight", first_matrix, group=f"{name}.fc")
+    yield Part(f"{name}.proj.weight", second_matrix, group=f"{name}.proj")
     if weights.shared is not None:
         yield from mlp(f"{name}.shared_expert", weights.shared, shard)
     if weights.shared_gate is not None:

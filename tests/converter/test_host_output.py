@@ -18,7 +18,7 @@ from fuseport.converter.host_output import (
 )
 from fuseport.converter.layout import Layout, Stack, cat, flat_columns, flat_rows
 from fuseport.converter.plan import Planned, build, on_meta
-from fuseport.converter.targets.trtllm import TargetTensor
+from fuseport.converter.targets.parts import TargetTensor
 from fuseport.kernels.move import GivenScale, Move
 
 CPU = torch.device("cpu")
