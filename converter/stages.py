@@ -63,9 +63,8 @@ def gather_stage(chunks: Chunks, num_layers: int, place: Parallel) -> dict[str, 
         MissingTensorError: a rank has no tensors.
         UnknownTensorError: a stage would have one tensor twice.
     """
-    moves = table(
-        _tell([{n: _kind(t) for n, t in one.items()} for one in chunks], place), num_layers
-    )
+    held = [{name: _kind(tensor) for name, tensor in chunk.items()} for chunk in chunks]
+    moves = table(_tell(held, place), num_layers)
     device = next(tensor.device for chunk in chunks for tensor in chunk.values())
     rank, result, operations = place.pp_rank, dict[str, torch.Tensor](), list[dist.P2POp]()
     for one in moves:
