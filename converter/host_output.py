@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
 
 import torch
 
@@ -30,8 +31,8 @@ WINDOW = 96 << 20
 # First-touched memory comes at 1 to 2 GB/s a thread, so many threads share the copying.
 THREADS = min(16, os.cpu_count() or 1)
 RING, CHUNK = 2 * THREADS, 4 << 20
-# What a thread populates at once.
-POPULATED = 64 << 20
+# What a thread populates at once; whoever maps memory waits as long.
+POPULATED = 16 << 20
 # Linux 5.14's advice to hand out pages now, as if each were written; mmap does not name it.
 MADV_POPULATE_WRITE = 23
 
@@ -146,19 +147,22 @@ def _untouched(size: int) -> torch.Tensor:
 
 def _populate(memory: torch.Tensor) -> ThreadPoolExecutor:
     """Start to populate it; nobody has to wait for the threads."""
-    pool = ThreadPoolExecutor(THREADS)
+    pool, start = ThreadPoolExecutor(THREADS), Event()
     for part in memory.split(POPULATED):
-        pool.submit(_hand_out, part)
+        pool.submit(_hand_out, part, start)
+    # Not before: a new thread's stack is mapped memory too.
+    start.set()
     # Its threads end with the work.
     pool.shutdown(wait=False)
     return pool
 
 
-def _hand_out(part: torch.Tensor) -> None:
+def _hand_out(part: torch.Tensor, start: Event) -> None:
     """Populate one part, which keeps the mapping alive meanwhile.
 
     An older kernel refuses, which is no failure: its pages come as they are first written.
     """
+    start.wait()
     _madvise(part.data_ptr(), part.numel(), MADV_POPULATE_WRITE)
 
 
