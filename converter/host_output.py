@@ -100,8 +100,7 @@ def places_of(plan: Sequence[Planned]) -> tuple[list[int], int]:
 class Block:
     """Host memory that is used again; registered with the driver once it has been touched.
 
-    New memory is populated by threads in the background, from its beginning on: what comes first in
-    a plan is also what is written first.
+    New memory is populated by threads in the background, from its beginning on.
     """
 
     def __init__(self) -> None:
@@ -158,10 +157,7 @@ def _populate(memory: torch.Tensor) -> ThreadPoolExecutor:
 
 
 def _hand_out(part: torch.Tensor, start: Event) -> None:
-    """Populate one part, which keeps the mapping alive meanwhile.
-
-    An older kernel refuses, which is no failure: its pages come as they are first written.
-    """
+    """`part` keeps the mapping alive. An older kernel refuses: pages come as they are written."""
     start.wait()
     _madvise(part.data_ptr(), part.numel(), MADV_POPULATE_WRITE)
 
