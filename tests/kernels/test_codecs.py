@@ -119,9 +119,7 @@ def test_mx(shape: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("shape", [(1, 16), (63, 48), (5, 160), (0, 16)])
 def test_nvfp4(shape: tuple[int, int]) -> None:
-    packed = np.random.default_rng(3).integers(
-        0, 256, (shape[0], shape[1] // 2), dtype=np.uint8
-    )
+    packed = np.random.default_rng(3).integers(0, 256, (shape[0], shape[1] // 2), dtype=np.uint8)
     scales, second = codes_of((shape[0], shape[1] // 16), 4), np.float32(0.013)
     expected = np.zeros(shape, np.float32)
     for row, column in np.ndindex(shape):
