@@ -43,7 +43,7 @@ def decode_e5m2(codes: torch.Tensor) -> torch.Tensor:
 
 
 def decode_e8m0(codes: torch.Tensor) -> torch.Tensor:
-    """e8m0 = 2^(code - 127), as uint8 or float8_e8m0fnu; 0 is 2^-127, an fp32 subnormal; 255 NaN."""
+    """e8m0 = 2^(code - 127), as uint8 or float8_e8m0fnu; 0 is 2^-127 (subnormal), 255 NaN."""
     wide = _wide(codes)
     bits = torch.where(wide == 0, 1 << 22, wide << 23)
     return bits.to(torch.int32).view(torch.float32).masked_fill(wide == 0xFF, float("nan"))
