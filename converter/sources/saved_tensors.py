@@ -92,10 +92,13 @@ def _nested(storage: Inert, where: str) -> tuple[Inert, bytes]:
         raise CorruptSourceError(f"{where}: a tensor's storage is {storage!r}, not its bytes")
     (magic, protocol, machine, described, keys), start = load_small_pickles(data, 5, where)
     known = (magic, protocol) == (_LEGACY_MAGIC, _LEGACY_PROTOCOL) and isinstance(machine, dict)
-    if not known or not isinstance(described, Inert) or not isinstance(keys, list):
+    # Its last entry is for views of other storages, which torch no longer writes.
+    whole = isinstance(described, Inert) and len(described.args) == 6 and described.args[5] is None
+    if not known or not whole or not isinstance(keys, list):
         raise CorruptSourceError(f"{where}: a tensor's storage is in an unknown format")
     if machine.get("little_endian") is not True:
         raise SourceError(f"{where}: the data is not little-endian; save it on another machine")
+    described.args = described.args[:5]
     return described, _elements(described, keys, data[start:], where)
 
 

@@ -116,7 +116,7 @@ class TeState:
         if len(fits) != 1:
             raise ScaleError(
                 f"{self.where}: the order of {self.gemms} × 3 scales does not show in the amax "
-                f"history; say which it is ({BY_KIND} up to Transformer Engine 2.2, {BY_GEMM} since)"
+                f"history; say which it is: {BY_KIND} up to Transformer Engine 2.2, {BY_GEMM} since"
             )
         return fits[0]
 
@@ -152,6 +152,8 @@ def decode_te_state(state: object, where: str, order: str | None = None) -> TeSt
 def _bytes(state: object, where: str) -> bytes:
     if state is None:
         return b""
+    if isinstance(state, Inert) and state.path == "_io.BytesIO":
+        state = _contents(state)
     if isinstance(state, io.BytesIO):
         state = state.getbuffer()
     if isinstance(state, torch.Tensor) and state.dtype is torch.uint8:
@@ -167,18 +169,20 @@ def _bytes(state: object, where: str) -> bytes:
 
 
 def _unwrapped(saved: Saved) -> object:
-    """A dict as it is; the bytes in a saved BytesIO or tensor."""
+    """A dict or bytes as they are; a tensor that was saved."""
     value = saved.value
-    if not isinstance(value, Inert):
-        return value
-    if value.path != "_io.BytesIO":
+    if isinstance(value, Inert) and value.path != "_io.BytesIO":
         return saved.tensor(value)
-    data = value.state[0] if isinstance(value.state, tuple) and value.state else None
+    return value
+
+
+def _contents(buffer: Inert) -> object:
+    """What an inert BytesIO would hold."""
+    data = buffer.state[0] if isinstance(buffer.state, tuple) and buffer.state else None
     # Protocol 2 has no bytes: it asks for a text to be encoded.
-    if isinstance(data, Inert) and data.path == "_codecs.encode":
-        text = data.args[0] if data.args else None
-        latin = isinstance(text, str) and max(map(ord, text), default=0) < 256
-        return text.encode("latin1") if isinstance(text, str) and latin else data
+    if isinstance(data, Inert) and data.path == "_codecs.encode" and data.args:
+        text = data.args[0]
+        return text.encode("latin1", "replace") if isinstance(text, str) else None
     return data
 
 
@@ -219,7 +223,7 @@ def _check(state: TeState, variables: object) -> None:
         raise CorruptSourceError(
             f"{state.where}: expected three scales for each gemm, found scale_fwd "
             f"{list(state.scale_fwd.shape)}, scale_inv_fwd {list(state.scale_inv_fwd.shape)}, "
-            f"amax_history_fwd {list(state.amax_history_fwd.shape)} for {type(gemms).__name__} gemms"
+            f"amax_history_fwd {list(state.amax_history_fwd.shape)}; the state is damaged"
         )
 
 
