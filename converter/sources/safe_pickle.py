@@ -54,6 +54,8 @@ _INERT_PATHS = frozenset(
        "numpy._core.multiarray._reconstruct", "pathlib.PosixPath", "pathlib.PurePosixPath",
        "pathlib._local.PosixPath"]
 )  # fmt: skip
+# The operations that number an object, for another operation to refer to.
+_NUMBERING = frozenset(["PUT", "BINPUT", "LONG_BINPUT"])
 _INERT_PREFIXES = ("megatron.", "transformer_engine.", "transformer_engine_torch.")
 
 _VALUES: dict[str, Any] = {
@@ -192,7 +194,7 @@ def _end(data: bytes, where: str) -> int:
     """Where the first pickle ends; CorruptSourceError if it never does, or numbers too much."""
     try:
         for opcode, argument, position in pickletools.genops(data):
-            if opcode.name.endswith("PUT") and int(argument) > len(data):
+            if opcode.name in _NUMBERING and int(argument or 0) > len(data):
                 raise ValueError(f"object number {argument}")
             if opcode.name == "STOP":
                 assert position is not None

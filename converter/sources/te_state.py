@@ -30,7 +30,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 import torch
 
 from ..errors import CorruptSourceError, ScaleError, SourceError, UnsupportedOptionError
@@ -157,8 +156,8 @@ def _bytes(state: object, where: str) -> bytes:
     if isinstance(state, io.BytesIO):
         state = state.getbuffer()
     if isinstance(state, torch.Tensor) and state.dtype is torch.uint8:
-        state = state.detach().cpu().numpy()
-    if not isinstance(state, (bytes, bytearray, memoryview, np.ndarray)):
+        state = state.detach().cpu().numpy().data
+    if not isinstance(state, (bytes, bytearray, memoryview)):
         raise SourceError(
             f"{where}: expected the bytes of a module's state, found {type(state).__name__}"
         )

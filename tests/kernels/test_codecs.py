@@ -73,7 +73,8 @@ def fp32_of(shape: tuple[int, ...], seed: int = 1) -> np.ndarray:
 
 
 def e4m3(codes: np.ndarray) -> np.ndarray:
-    return codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    values: np.ndarray = codes.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return values
 
 
 SHAPES = [(1, 1), (63, 127), (128, 128), (129, 257), (300, 1), (0, 5)]
