@@ -64,6 +64,11 @@ def test_the_most_exact_entry_wins(tmp_path: Path) -> None:
     assert table.unused() == []
 
 
+def test_a_name_goes_before_a_pattern_of_as_many_characters() -> None:
+    scales = {"lm_head*": ModuleScales(weight=1.0), "lm_head": ModuleScales(weight=2.0)}
+    assert ScaleTable(scales, "scales").module("lm_head").weight == 2.0
+
+
 def test_equally_exact_patterns_are_an_error() -> None:
     one = ModuleScales(weight=1.0)
     table = ScaleTable({"a.*.c": one, "a.?.c": one}, "scales")

@@ -110,6 +110,10 @@ def test_an_order_that_does_not_show_must_be_given():
     everywhere = te.state_2(2, "by_kind", amax_history_fwd=torch.ones(16, 6))
     with pytest.raises(ScaleError, match="by_gemm since"):
         decode_te_state(te.byte_tensor(everywhere), "m").weight()
+    # All weights were seen in one order only, but one of its outputs was, too.
+    history = torch.tensor([1.0, 1, 1, 1, 0, 1]).expand(16, -1).contiguous()
+    with pytest.raises(ScaleError, match="the order"):
+        decode_te_state(te.byte_tensor(te.state_2(2, amax_history_fwd=history)), "m").weight()
 
 
 @pytest.mark.parametrize("order", ["by_kind", "by_gemm"])
@@ -240,6 +244,12 @@ def test_a_storage_written_by_hand_is_read():
 def test_absurd_tensors_are_named(tensor):
     with pytest.raises(SourceError, match=r"^m: "):
         decode_te_state(te.byte_tensor(te.state_2(scale_fwd=tensor)), "m")
+
+
+def test_a_tensor_that_repeats_its_storage_is_not_made():
+    scale = rebuilt(storage_bytes(), shape=(3000,), stride=(0,))
+    with pytest.raises(CorruptSourceError, match=r"a tensor \(3000,\) has 12 bytes"):
+        decode_te_state(te.byte_tensor(te.state_2(scale_fwd=scale)), "m")
 
 
 @pytest.mark.parametrize(
