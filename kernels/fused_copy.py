@@ -14,7 +14,6 @@ two table loads are then too large a share of a program), and tiles above 4096 (
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -84,10 +83,8 @@ def amax_constants(kind: Kind) -> dict[str, object]:
 def warps(kind: Kind, count: bool) -> int:
     """Warps of a program: a large tile would spill with fewer."""
     if kind.scheme == "row":
-        return kind.tile[0] * kind.tile[1] // int(os.environ.get("RW", "512"))
-    if kind.scheme == "block":
-        return int(os.environ.get("BW", "8"))
-    if count and kind.order == "transposed":
+        return kind.tile[0] * kind.tile[1] // 1024
+    if kind.scheme == "block" or (count and kind.order == "transposed"):
         return 8
     return 4
 

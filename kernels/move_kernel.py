@@ -13,12 +13,51 @@ from .descriptor import FIELDS, find_tile, place, pointer
 from .numerics import (
     dequant_of,
     downcast,
-    from_e4m3_bits,
     magnitude_bits,
     quotient,
+    rounded,
     upcast,
 )
 from .tally import count, measure_power, slot
+
+
+@triton.jit
+def _shifted(value, d, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 of a source, with the move's shift."""
+    x = upcast(value)
+    return x + tl.load(d + 13).to(tl.int32).to(tl.float32, bitcast=True) if SHIFT else x
+
+
+@triton.jit
+def _scaled(x, d, local, SCHEME: tl.constexpr, CAREFUL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(x as it is rounded, what that is multiplied by to give x again)."""
+    back = 1.0
+    if SCHEME == "given":
+        scale = tl.load(pointer(d, 14, tl.float32))
+        back = tl.div_rn(scale * 0 + 1.0, scale)
+        x = x * scale
+    if SCHEME == "tensor":
+        amax = tl.load(pointer(d, 16, tl.int32))
+        back = dequant_of(amax, 448.0)
+        if local == 0:
+            tl.store(pointer(d, 14, tl.float32), back)
+        x = quotient(x, back, amax, CAREFUL)
+    return x, back
+
+
+@triton.jit
+def _count_lost(  # type: ignore[no-untyped-def]
+    scaled, source, mask, d, local, at, SHIFT: tl.constexpr, SCHEME: tl.constexpr,
+    LARGEST_BITS: tl.constexpr,
+):  # fmt: skip
+    """As a rule there is nothing to count, and one maximum says so (NaN is above Inf).
+
+    Else the tile is read again: its registers were not kept for that.
+    """
+    if tl.max(magnitude_bits(upcast(scaled))) > LARGEST_BITS:
+        x = _shifted(tl.load(source, mask, other=0), d, SHIFT)
+        beyond, _ = _scaled(x, d, local, SCHEME, True)
+        count(x, beyond, mask, at, LARGEST_BITS)
 
 
 @triton.jit
@@ -64,43 +103,19 @@ def _move(  # type: ignore[no-untyped-def]
     src_tile = src_at + r.to(tl.int64) * src_row + c.to(tl.int64) * src_col
 
     value = tl.load(src_tile, mask, other=0)
+    at = slot(counters, tl.load(d + 15))
     if BIT_COPY:
         scaled = value
         tl.store(dst_tile, value.to(DST_BITS, bitcast=True), mask)
     else:
-        x = upcast(value)
-        if SHIFT:
-            x = x + tl.load(d + 13).to(tl.int32).to(tl.float32, bitcast=True)
-        scaled = x
-        if SCHEME == "given":
-            scale = tl.load(pointer(d, 14, tl.float32))
-            scaled = x * scale
-        if SCHEME == "tensor":
-            amax = tl.load(pointer(d, 16, tl.int32))
-            scale = dequant_of(amax, 448.0)
-            if local == 0:
-                tl.store(pointer(d, 14, tl.float32), scale)
-            scaled = quotient(x, scale, amax, CAREFUL)
-        bits = downcast(scaled, DST, NATIVE)
-        tl.store(dst_tile, bits, mask)
-    if SCHEME == "tensor":
-        if COUNT and CAREFUL:
-            count(x, scaled, mask, slot(counters, tl.load(d + 15)), LARGEST_BITS)
-    elif COUNT:
-        # As a rule there is nothing to count, and one maximum says so; NaN is above Inf.
-        if tl.max(magnitude_bits(upcast(scaled))) > LARGEST_BITS:
-            again = upcast(tl.load(src_tile, mask, other=0))
-            if SHIFT:
-                again = again + tl.load(d + 13).to(tl.int32).to(tl.float32, bitcast=True)
-            beyond = again * scale if SCHEME == "given" else again
-            count(again, beyond, mask, slot(counters, tl.load(d + 15)), LARGEST_BITS)
-    if POWER:
-        back = from_e4m3_bits(bits)
-        if SCHEME == "tensor":
-            back = back * scale
-        else:
-            back = tl.div_rn(back, tl.zeros_like(back) + scale)
-        measure_power(x, back, mask, slot(power, tl.load(d + 15)))
+        x = _shifted(value, d, SHIFT)
+        scaled, back = _scaled(x, d, local, SCHEME, CAREFUL)
+        tl.store(dst_tile, downcast(scaled, DST, NATIVE), mask)
+        if POWER:
+            measure_power(x, rounded(scaled) * back, mask, slot(power, tl.load(d + 15)))
+    # A scale that was computed saturates nothing finite: only a careful launch has to count.
+    if COUNT and (SCHEME != "tensor" or CAREFUL):
+        _count_lost(scaled, src_tile, mask, d, local, at, SHIFT, SCHEME, LARGEST_BITS)
 
 
 @triton.jit
@@ -116,8 +131,8 @@ def move_kernel(  # type: ignore[no-untyped-def]
         d = descriptors + tl.program_id(0).to(tl.int64) * FIELDS
         if tl.load(pointer(d, 19, tl.int32)) != 0:
             for local in range(0, tl.load(d + 20)):
-                _move(d, local, counters, power, SRC, DST, DST_BITS, ORDER, VECTOR, BIT_COPY,
-                      SHIFT, SCHEME, COUNT, POWER, LARGEST_BITS, NATIVE, True, ROWS, COLS)  # fmt: skip
+                _move(d, local, counters, power, SRC, DST, DST_BITS, ORDER, VECTOR, BIT_COPY, SHIFT,
+                      SCHEME, COUNT, POWER, LARGEST_BITS, NATIVE, True, ROWS, COLS)  # fmt: skip
     else:
         d, local = find_tile(descriptors, tile_table)
         _move(d, local, counters, power, SRC, DST, DST_BITS, ORDER, VECTOR, BIT_COPY,

@@ -82,7 +82,7 @@ def peak_bits(magnitudes, SRC: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def quotient(x, scale, amax_bits, CAREFUL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """x / scale, each element by its own or by one; Inf needs CAREFUL."""
+    """X / scale, each element by its own or by one; Inf needs CAREFUL."""
     if CAREFUL:
         result = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     else:
@@ -156,7 +156,7 @@ def finite_magnitude(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def dequant_of(amax_bits, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """amax / LARGEST in fp32, at least 2^-126; 1.0 where the amax is 0."""
+    """Amax / LARGEST in fp32, at least 2^-126; 1.0 where the amax is 0."""
     amax = amax_bits.to(tl.float32, bitcast=True)
     scale = tl.maximum(tl.div_rn(amax, tl.zeros_like(amax) + LARGEST), SMALLEST_NORMAL)
     return tl.where(amax_bits == 0, 1.0, scale)
@@ -181,6 +181,16 @@ def from_e4m3_bits(bits):  # type: ignore[no-untyped-def]
     wide = bits.to(tl.uint32)
     mag = ((wide & 0x7F) << 20).to(tl.float32, bitcast=True) * REBIAS_E4M3
     return tl.where(wide >= 0x80, -mag, mag)
+
+
+@triton.jit
+def rounded(x):  # type: ignore[no-untyped-def]
+    """X as e4m3 holds it, in fp32; by the integer route.
+
+    Decoding the hardware's conversion in the same kernel gave wrong values with Triton 3.6, while
+    the codes that it stored were right.
+    """
+    return from_e4m3_bits(to_e4m3_bits(x, False))
 
 
 @triton.jit
@@ -226,7 +236,7 @@ def division_by(scale, peak_bits):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def divide(x, negative_factor, by, negative_inverse):  # type: ignore[no-untyped-def]
-    """x / scale for finite x, correctly rounded: two Newton corrections by fma.
+    """X / scale for finite x, correctly rounded: two Newton corrections by fma.
 
     After the first one the quotient is faithful, so its remainder is exact and the second one
     gives the nearest (Markstein, IBM J. Res. Dev. 34-1, 1990). The signs are chosen so that -0

@@ -36,7 +36,7 @@ def encode_e2m1(values: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
 
 
 def dequant_scale_ref(amax: torch.Tensor, largest: float) -> torch.Tensor:
-    """amax / largest, fp32, at least 2⁻¹²⁶; 1.0 where the amax is 0."""
+    """Amax / largest, fp32, at least 2⁻¹²⁶; 1.0 where the amax is 0."""
     return torch.where(amax == 0, 1.0, _divide(amax, largest).clamp(min=_SMALLEST))
 
 

@@ -20,9 +20,9 @@ from .numerics import (
     from_e2m1_bits,
     from_e4m3_bits,
     inverse_of_e8m0,
-    magnitude_bits,
     peak_bits,
     quotient,
+    rounded,
     source_magnitudes,
     to_e2m1_bits,
     to_e4m3_bits,
@@ -85,7 +85,7 @@ def _block(  # type: ignore[no-untyped-def]
     if COUNT and CAREFUL:
         count(x, q, mask, slot(counters, tl.load(d + 15)), E4M3_LARGEST)
     if POWER:
-        measure_power(x, from_e4m3_bits(code) * dequant, mask, slot(power, tl.load(d + 15)))
+        measure_power(x, rounded(q) * dequant, mask, slot(power, tl.load(d + 15)))
 
 
 @triton.jit
@@ -137,7 +137,7 @@ def _rows(  # type: ignore[no-untyped-def]
         if COUNT and CAREFUL:
             count(x, q, mask, slot(counters, tl.load(d + 15)), E4M3_LARGEST)
         if POWER:
-            back = from_e4m3_bits(code) * dequant[:, None]
+            back = rounded(q) * dequant[:, None]
             measure_power(x, back, mask, slot(power, tl.load(d + 15)))
 
 
@@ -172,54 +172,63 @@ def _pieces(  # type: ignore[no-untyped-def]
     value = tl.load(src + src_piece[:, None] + tl.arange(0, WIDTH)[None, :], mask, other=0)
     amax = amax_of(tl.max(magnitudes(value, CAREFUL), 1), SRC, CAREFUL)
     x = upcast(value)
+    flag = pointer(d, 19, tl.int32) + piece * 0
     if WIDTH == 32:
-        if not CAREFUL:
-            tl.store(pointer(d, 19, tl.int32) + piece * 0, 1, amax >= INF)
-        e8m0 = e8m0_of(amax)
-        tl.store(scales, e8m0.to(tl.uint8), present)
-        inverse = inverse_of_e8m0(e8m0)[:, None]
-        q = x * inverse
+        scale, back, q = _mx_scaled(x, amax)
         code = to_e4m3_bits(q, NATIVE)
         dst_tile = (dst_piece + col0 + part * WIDTH)[:, None] + tl.arange(0, WIDTH)[None, :]
-        tl.store(dst + dst_tile, code, mask)
-        if COUNT:
-            count(x, q, mask, slot(counters, tl.load(d + 15)), E4M3_LARGEST)
-        if POWER:
-            back = tl.div_rn(from_e4m3_bits(code), tl.broadcast_to(inverse, code.shape))
+        again = amax >= INF
+        decoded = rounded(q)
     else:
-        group = tl.load(pointer(d, 16, tl.int32))
-        second = dequant_of(group, 2688.0)
-        if local == 0:
-            tl.store(pointer(d, 18, tl.float32), second)
-        e4m3 = _nv_scale(amax, second, group, NATIVE)
-        tl.store(scales, e4m3, present)
-        each = (from_e4m3_bits(e4m3) * second)[:, None]
-        q = quotient(x, each, group, CAREFUL)
+        scale, back, q = _nv_scaled(x, amax, d, local, CAREFUL)
         code = to_e2m1_bits(x, q)
+        decoded = from_e2m1_bits(code)
         low, high = tl.split(tl.reshape(code, (ROWS * ACROSS, WIDTH // 2, 2)))
+        code = (low | (high << 4)).to(tl.uint8)
         half = tl.arange(0, WIDTH // 2)[None, :]
         dst_tile = (dst_piece + col0 // 2 + part * (WIDTH // 2))[:, None] + half
-        tl.store(dst + dst_tile, (low | (high << 4)).to(tl.uint8), mask)
-        if not CAREFUL:
-            # A scale below 2^-6 is so coarse that it may be too small for its piece: to be counted.
-            tl.store(pointer(d, 19, tl.int32) + piece * 0, 1, (e4m3 < 8) & COUNT)
-        elif COUNT:
-            count(x, q, mask, slot(counters, tl.load(d + 15)), E2M1_LARGEST)
-        if POWER:
-            back = from_e2m1_bits(code) * each
+        # A scale below 2^-6 is so coarse that it may be too small for its piece: to be counted.
+        again = (scale < 8) & COUNT
+    tl.store(scales, scale, present)
+    tl.store(dst + dst_tile, code, mask)
+    if not CAREFUL:
+        tl.store(flag, 1, again)
+    if COUNT and (CAREFUL or WIDTH == 32):
+        at = slot(counters, tl.load(d + 15))
+        count(x, q, mask, at, E4M3_LARGEST if WIDTH == 32 else E2M1_LARGEST)
     if POWER:
-        measure_power(x, back, mask, slot(power, tl.load(d + 15)))
+        measure_power(x, decoded * back, mask, slot(power, tl.load(d + 15)))
 
 
 @triton.jit
-def _nv_scale(amax_bits, second, group, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _mx_scaled(x, amax):  # type: ignore[no-untyped-def]
+    """(E8M0 of each piece, what its codes are multiplied by, x as it is rounded)."""
+    e8m0 = e8m0_of(amax)
+    inverse = inverse_of_e8m0(e8m0)[:, None]
+    return e8m0.to(tl.uint8), tl.div_rn(inverse * 0 + 1.0, inverse), x * inverse
+
+
+@triton.jit
+def _nv_scaled(x, amax, d, local, CAREFUL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(e4m3 bits of each piece, what its codes are multiplied by, x as it is rounded)."""
+    group = tl.load(pointer(d, 16, tl.int32))
+    second = dequant_of(group, 2688.0)
+    if local == 0:
+        tl.store(pointer(d, 18, tl.float32), second)
+    e4m3 = _nv_scale(amax, second, group)
+    each = (from_e4m3_bits(e4m3) * second)[:, None]
+    return e4m3, each, quotient(x, each, group, CAREFUL)
+
+
+@triton.jit
+def _nv_scale(amax_bits, second, group):  # type: ignore[no-untyped-def]
     """e4m3 bits: amax / 6 / second; never zero.
 
     0x38 is 1.0, for a piece of zeros; one too small for e4m3 gets its smallest scale.
     """
     amax = amax_bits.to(tl.float32, bitcast=True)
     sixth = quotient(amax, second * 0 + 6.0, 0x3F800000, False)
-    bits = to_e4m3_bits(quotient(sixth, second, group, False), NATIVE)
+    bits = to_e4m3_bits(quotient(sixth, second, group, False), False)
     return tl.where(amax_bits == 0, 0x38, tl.maximum(bits, 1)).to(tl.uint8)
 
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .move import Box, Move, describe, is_vector, tile_shape
+from .move import Box, describe, is_vector, tile_shape
 from .quant import (
     BlockScale,
     GivenScale,

@@ -125,5 +125,5 @@ def test_moves_that_make_no_sense_are_refused() -> None:
         Move(torch.empty(2), torch.empty(3))
     with pytest.raises(ValueError, match="no conversion"):
         Move(torch.empty(2), torch.empty(2, dtype=torch.int32))
-    with pytest.raises(ValueError, match="GivenScale makes torch.float8_e4m3fn"):
+    with pytest.raises(ValueError, match="GivenScale makes"):
         Move(torch.empty(2), torch.empty(2), quant=GivenScale(1.0))

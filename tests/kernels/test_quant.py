@@ -84,7 +84,8 @@ def check(name: str, sources: Sequence[torch.Tensor], **options: Any) -> Matrix:
     for one, other in zip(found.bits(), expected.bits(), strict=True):
         wrong = (one != other).nonzero()
         assert not len(wrong), f"{name}: first at {wrong[0].tolist()}, {len(wrong)} differ"
-    assert counts is not None and wanted is not None
+    assert counts is not None
+    assert wanted is not None
     assert torch.equal(counts.sum(0), wanted.sum(0))
     return found
 
