@@ -1,4 +1,4 @@
-"""Compile the moves' kernel for each architecture and print what its assembly says, as JSON.
+"""Compile the moves' kernels for each architecture and print what its assembly says, as JSON.
 
     python -m benchmarks.aot_moves [80 90 100]
 
@@ -14,23 +14,33 @@ from collections.abc import Iterator
 
 import torch
 
-from fuseport.kernels.fused_copy import Kind, constants, warps
-from fuseport.kernels.move_kernel import move_kernel
+from fuseport.kernels.amax_kernel import amax_kernel
+from fuseport.kernels.fused_copy import amax_constants, constants, kernel_of, warps
+from fuseport.kernels.tables import Kind
 
-from .aot import compile_kernel
+from .aot import Assembly, compile_kernel
 
 SOURCES = (torch.bfloat16, torch.float32)
 TARGETS = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
-POINTERS = {"descriptors": "*i64", "tile_table": "*i32", "counters": "*i64"}
+TABLES = {"descriptors": "*i64", "tile_table": "*i32"}
+POINTERS = {**TABLES, "counters": "*i64", "power": "*fp64"}
+E4M3 = torch.float8_e4m3fn
 
 
 def combinations() -> Iterator[tuple[Kind, bool]]:
     """(kind, counting): every conversion straight and transposed, and counting where it costs."""
-    for src, dst, order in itertools.product(SOURCES, TARGETS, ("straight", "transposed")):
-        same, scaled = src == dst, dst is torch.float8_e4m3fn
-        kind = Kind(src, dst, order, True, same, False, scaled)
+    for src, scheme in itertools.product(SOURCES, ("tensor", "row", "block", "mx", "nv")):
+        codes = torch.uint8 if scheme == "nv" else E4M3
+        width = 8192 if scheme == "row" else 0
+        kind = Kind(src, codes, "straight", True, scheme=scheme, row_tile=width)
         yield kind, False
-        if scaled or same:
+        if src is torch.bfloat16:
+            yield kind, True
+    for src, dst, order in itertools.product(SOURCES, TARGETS, ("straight", "transposed")):
+        same, given = src == dst, dst is E4M3
+        kind = Kind(src, dst, order, True, same, False, "given" if given else "none")
+        yield kind, False
+        if src is torch.bfloat16 and (given or same):
             yield kind, True
 
 
@@ -39,25 +49,39 @@ def describe(kind: Kind, count: bool, arch: int) -> dict[str, object]:
     # sm_90 and later have a conversion to e4m3 that rounds once; the integer route is tried too.
     native = arch >= 90
     code = compile_kernel(
-        move_kernel,
+        kernel_of(kind),
         POINTERS,
-        constants(kind, count, native),
+        constants(kind, count, False, native),
         arch=arch,
         num_warps=warps(kind, count),
         divisible=tuple(POINTERS),
     )
+    return {"scheme": kind.scheme, "count": count, **_facts(kind, code)}
+
+
+def describe_amax(src: torch.dtype, order: str, arch: int) -> dict[str, object]:
+    """The same of the first of two passes."""
+    kind = Kind(src, E4M3, order, True, scheme="tensor")
+    code = compile_kernel(
+        amax_kernel, TABLES, amax_constants(kind), arch=arch, divisible=tuple(TABLES)
+    )
+    return {"scheme": "amax", "count": False, **_facts(kind, code)}
+
+
+def _facts(kind: Kind, code: Assembly) -> dict[str, object]:
     return {
-        "arch": arch,
+        "arch": code.arch,
         "src": str(kind.src),
         "dst": str(kind.dst),
         "order": kind.order,
-        "count": count,
         # The tables are read by scalars; the data is what is moved 16 bytes at a time.
         "load": max(code.load_widths),
         "stores": sorted(set(code.store_widths)),
         "registers": code.registers,
         "local": code.uses_local_memory,
         "double_rounding": code.fp8_through_fp16,
+        # The kernels leave it to the conversion to saturate.
+        "wraps": "cvt.rn.e4m3x2" in code.ptx,
     }
 
 
@@ -66,6 +90,8 @@ def main() -> None:
     archs = [int(arch) for arch in sys.argv[1:]] or [80, 90, 100]
     for (kind, count), arch in itertools.product(combinations(), archs):
         print(json.dumps(describe(kind, count, arch)), flush=True)
+    for src, order, arch in itertools.product(SOURCES, ("straight", "transposed"), archs):
+        print(json.dumps(describe_amax(src, order, arch)), flush=True)
 
 
 if __name__ == "__main__":
