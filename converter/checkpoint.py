@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -139,6 +139,23 @@ def write_json(path: Path, values: object) -> None:
         stream.write("\n")
         stream.flush()
         os.fsync(stream.fileno())
+
+
+def copy_assets(source: Path, out: Path, names: Collection[str]) -> None:
+    """Copy those of a directory's files that are known by name, and are not there yet.
+
+    Raises:
+        OutputError: there are none, or one is no regular file.
+    """
+    found = [name for name in sorted(names) if os.path.lexists(source / name)]
+    if not found:
+        known = ", ".join(sorted(names)) or "none for this target"
+        raise OutputError(f"{source} has no file to copy; known names: {known}")
+    for name in found:
+        if not (source / name).is_file():
+            raise OutputError(f"{source / name} is not a regular file; leave it out")
+        if not (out / name).exists():
+            shutil.copyfile(source / name, out / name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

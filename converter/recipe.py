@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +15,7 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-TARGETS = ("trtllm",)
+TARGETS = ("trtllm", "hf")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +25,10 @@ class Recipe:
     `tp_size` and `pp_size` are the target's tensor and pipeline parallel sizes. Experts are split
     `moe_ep_size` ways by expert and `tp_size / moe_ep_size` ways inside each expert. With
     `use_parallel_embedding` the embeddings are sharded by rows, else every rank has them whole.
+
+    For target "hf", `shard_size` is the most bytes of tensors in one file, and `family` the
+    contents of a table for an architecture that the package has none for
+    (docs/adding-an-architecture.md).
 
     Raises:
         RecipeError: a size is not positive, or the target or dtype is not known.
@@ -36,9 +41,11 @@ class Recipe:
     dtype: str = "bfloat16"
     use_parallel_embedding: bool = False
     gpus_per_node: int = 8
+    shard_size: int = 5_000_000_000
+    family: Mapping[str, object] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "pp_size", "moe_ep_size", "gpus_per_node"):
+        for name in ("tp_size", "pp_size", "moe_ep_size", "gpus_per_node", "shard_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise RecipeError(f"{name} must be a whole number of at least 1, found {value!r}")

@@ -56,9 +56,10 @@ def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int
 def plan_table(plan: CheckpointPlan) -> Table:
     """What will be written: a row a file."""
     recipe = plan.recipe
+    split = f" tp {recipe.tp_size} × pp {recipe.pp_size}" if recipe.world_size > 1 else ""
     title = (
-        f"{plan.source.kind} {size(plan.source.nbytes)} → {recipe.target} "
-        f"tp {recipe.tp_size} × pp {recipe.pp_size}, {recipe.dtype}, {size(plan.nbytes)}"
+        f"{plan.source.kind} {size(plan.source.nbytes)} → {recipe.target}{split}, {recipe.dtype}, "
+        f"{size(plan.nbytes)}"
     )
     table = Table("file", "tensors", "size", title=title, title_justify="left")
     for image in plan.images.values():
