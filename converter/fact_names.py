@@ -58,11 +58,12 @@ LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "
 
 # The families that targets know.
 MODEL_TYPES = (
-    "gpt", "gptnext", "starcoder", "nemotron", "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen2_moe",
-    "qwen3_moe", "gemma", "falcon", "nemotron_nas",
-    # A family that the unified checkpoint has no place for.
-    "other",
+    "gpt", "gptnext", "starcoder", "nemotron", "llama", "mistral", "mixtral", "qwen2", "qwen3",
+    "qwen2_moe", "qwen3_moe", "gemma", "falcon", "nemotron_nas",
 )  # fmt: skip
+
+# A family that the unified checkpoint has no place for.
+OTHER = "other"
 
 # Options that change what the weights or the layers mean, and that no rule here handles.
 REFUSED = {

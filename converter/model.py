@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .blocks import Block, read_blocks
 from .errors import ModelError, UnsupportedOptionError
-from .fact_names import ACTIVATIONS, LATENT, MODEL_TYPES, NAMES, ONLY, REFUSED
+from .fact_names import ACTIVATIONS, LATENT, MODEL_TYPES, NAMES, ONLY, OTHER, REFUSED
 from .facts import (
     FLAG,
     LAYERS,
@@ -178,7 +178,7 @@ class ModelSpec:
         values |= _rope_scaling(merged) | _latent(merged)
         values |= {"num_layers": need(merged, "num_layers", LAYERS), "blocks": read_blocks(merged)}
         # What follows from one of the source's facts gives way to what the user says.
-        values |= {name: given[name] for name in NAMES if name in given}
+        values |= {name: given[name] for name in (*NAMES, *LATENT) if name in given}
         if "model_type" not in values:
             values["model_type"] = infer_model_type(values)
         typed = {name: loose(KINDS[name], value) for name, value in values.items()}
@@ -199,7 +199,7 @@ KINDS = {
     "kv_channels": SIZE,
     "vocab_size": optional(SIZE),
     "max_position_embeddings": optional(SIZE),
-    "model_type": one_of(MODEL_TYPES),
+    "model_type": one_of((*MODEL_TYPES, OTHER)),
     "normalization": one_of(("RMSNorm", "LayerNorm")),
     "layernorm_zero_centered_gamma": FLAG,
     "layernorm_epsilon": POSITIVE,
@@ -233,7 +233,12 @@ KINDS = {
 }
 
 # The names of facts that a user may give. How many experts a shard holds follows from its place.
-GIVEN = (*(name for name in KINDS if name not in ("num_local_experts", "special")), *PATTERNS, *REFUSED, *ONLY)
+GIVEN = (
+    *(name for name in KINDS if name not in ("num_local_experts", "special")),
+    *PATTERNS,
+    *REFUSED,
+    *ONLY,
+)
 
 
 def _heads(facts: Mapping[str, object]) -> dict[str, object]:

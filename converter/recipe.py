@@ -16,6 +16,8 @@ DTYPES = {
     "float32": torch.float32,
 }
 TARGETS = ("trtllm", "hf")
+# Bytes of a Hugging Face file: what the Hub's own tools use.
+SHARD_SIZE = 5_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +43,7 @@ class Recipe:
     dtype: str = "bfloat16"
     use_parallel_embedding: bool = False
     gpus_per_node: int = 8
-    shard_size: int = 5_000_000_000
+    shard_size: int = SHARD_SIZE
     family: Mapping[str, object] | None = None
 
     def __post_init__(self) -> None:

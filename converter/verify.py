@@ -117,7 +117,12 @@ def read_manifest(out: Path) -> dict[str, Any]:
 
 def target_of(manifest: Mapping[str, Any]) -> Target:
     """The target that a manifest is of."""
-    return TARGETS[manifest["recipe"]["target"]]
+    name = manifest["recipe"].get("target")
+    if not isinstance(name, str) or name not in TARGETS:
+        raise VerificationError(
+            "the manifest's spec or recipe makes no sense (target); convert again"
+        )
+    return TARGETS[name]
 
 
 def _expect(fits: bool, what: str) -> None:
@@ -225,8 +230,10 @@ def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
     try:
         facts = dict(manifest["spec"])
         facts["blocks"] = tuple(Block(**block) for block in facts["blocks"])
-        for name in ("moe_layers", "special"):
-            facts[name] = tuple(facts[name])
+        facts["moe_layers"] = tuple(facts["moe_layers"])
+        if not isinstance(facts["special"], list):
+            raise TypeError("special is not a list")
+        facts["special"] = tuple(facts["special"])
         spec, recipe = ModelSpec(**facts), Recipe(**manifest["recipe"])
     except (KeyError, TypeError, FuseportError) as error:
         raise VerificationError(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 
 from ..errors import SourceError
+from ..fact_names import OTHER
 from ..hf_family import Family, Table
 
 # Key → the values with which it changes nothing. Targets that do not take the source's own
@@ -55,12 +56,12 @@ def facts_of(config: Mapping[str, object], family: Family) -> dict[str, object]:
     facts |= family.facts
     try:
         facts |= _experts(values, facts)
-        rope, scaled = _rope(values)
+        rope, scaled = _rope(values, "rotary_percent" in family.config)
         facts |= rope
         special = _special(values, config)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise SourceError(f"config.json makes no sense: {error!r}") from error
-    facts["model_type"] = family.unified or "other"
+    facts["model_type"] = family.unified or OTHER
     facts["special"] = tuple(sorted({*family.special, *special, *scaled}))
     return {name: value for name, value in facts.items() if value is not None}
 
@@ -102,8 +103,10 @@ def _experts(values: Mapping[str, object], facts: Mapping[str, object]) -> dict[
     return {"moe_layers": chosen, **wide}
 
 
-def _rope(values: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, ...]]:
-    """Rotary facts, and the name of the option if the scaling is one that no fact says.
+def _rope(values: Mapping[str, object], partial: bool) -> tuple[dict[str, object], tuple[str, ...]]:
+    """Rotary facts, and the names of options that no fact says.
+
+    `partial` says if the family's models may rotate a part of each head.
 
     Up to transformers 4: `rope_theta`, `partial_rotary_factor` and `rope_scaling`, whose kind is
     `type` or `rope_type`; from 5 on: all of them in `rope_parameters`.
@@ -113,12 +116,13 @@ def _rope(values: Mapping[str, object]) -> tuple[dict[str, object], tuple[str, .
         # Layers of different kinds have their own rotary positions.
         return {}, ("rope_parameters",)
     scaling: Mapping[str, object] = values.get("rope_scaling") or given  # type: ignore[assignment]
+    part = given.get("partial_rotary_factor", values.get("partial_rotary_factor")) or 1.0
     facts = {
         "rotary_base": given.get("rope_theta", values.get("rope_theta", 10000.0)),
-        "rotary_percent": given.get(
-            "partial_rotary_factor", values.get("partial_rotary_factor", 1.0)
-        ),
+        "rotary_percent": part if partial else 1.0,
     }
+    if part != facts["rotary_percent"]:
+        return facts, ("partial_rotary_factor",)
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     factor = scaling.get("factor")
     if kind in ("default", None):

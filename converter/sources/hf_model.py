@@ -25,9 +25,7 @@ from ..model import ModelSpec
 Sizes = tuple[int | None, ...]
 
 
-def read_hf_model(
-    tensors: Mapping[str, torch.Tensor], spec: ModelSpec, family: Family
-) -> Model:
+def read_hf_model(tensors: Mapping[str, torch.Tensor], spec: ModelSpec, family: Family) -> Model:
     """The logical views of a whole model; every tensor is claimed once.
 
     Raises:

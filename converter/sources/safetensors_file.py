@@ -97,14 +97,16 @@ def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _entry(path: Path, name: str, entry: object) -> tuple[int, int, Shape, object]:
     if isinstance(entry, dict):
-        shape, offsets = entry.get("shape"), entry.get("data_offsets")
-        sizes = all(
-            isinstance(one, list) and all(type(n) is int and 0 <= n < 2**62 for n in one)
-            for one in (shape, offsets)
-        )
-        if sizes and len(offsets) == 2 and offsets[0] <= offsets[1]:
-            return offsets[0], offsets[1], tuple(shape), entry.get("dtype")
+        shape, offsets = _sizes(entry.get("shape")), _sizes(entry.get("data_offsets"))
+        if shape is not None and offsets and len(offsets) == 2 and offsets[0] <= offsets[1]:
+            return offsets[0], offsets[1], shape, entry.get("dtype")
     raise CorruptSourceError(f"{path}: tensor {name!r} has no sensible dtype, shape and offsets")
+
+
+def _sizes(value: object) -> Shape | None:
+    if isinstance(value, list) and all(type(n) is int and 0 <= n < 2**62 for n in value):
+        return tuple(value)
+    return None
 
 
 def _dtype(path: Path, name: str, kind: object) -> torch.dtype:

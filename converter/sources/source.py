@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -49,7 +49,7 @@ class Source:
     read: Callable[[Mapping[str, torch.Tensor], ModelSpec], Model] = read_model
     embedding: str = "embedding.word_embeddings.weight"
     output: str = "output_layer.weight"
-    handed_on: Origin = Origin()
+    handed_on: Origin = field(default_factory=Origin)
 
     @property
     def nbytes(self) -> int:

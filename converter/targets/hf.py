@@ -214,7 +214,7 @@ def together(names: _Names, experts: tuple[Mlp, ...]) -> Iterator[TargetTensor]:
 
 
 def check_hf(spec: ModelSpec, recipe: Recipe) -> None:
-    """Raise RecipeError for an option that has no place here, UnsupportedOptionError for a model."""
+    """Raise RecipeError for an option, or UnsupportedOptionError for a model, that has no place."""
     for option, usual in (
         ("tp_size", 1), ("pp_size", 1), ("moe_ep_size", 1), ("use_parallel_embedding", False),
     ):  # fmt: skip

@@ -72,8 +72,7 @@ def _rope(spec: ModelSpec) -> dict[str, object]:
         scaling = {"rope_type": "llama3", "factor": spec.rope_scaling_factor, **LLAMA3}
     elif spec.seq_len_interpolation_factor is not None:
         scaling = {"rope_type": "linear", "factor": spec.seq_len_interpolation_factor}
-    part = {} if spec.rotary_percent == 1.0 else {"partial_rotary_factor": spec.rotary_percent}
-    return {"rope_theta": spec.rotary_base, "rope_scaling": scaling, **part}
+    return {"rope_theta": spec.rotary_base, "rope_scaling": scaling}
 
 
 def _experts(spec: ModelSpec) -> dict[str, object]:

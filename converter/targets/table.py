@@ -103,7 +103,7 @@ def _hf_settings(
 
 
 def _hf_expected(settings: Mapping[str, Any], out: Path, count: int) -> dict[str, Shapes]:
-    return hf_check.expected_by_file(settings, read_json(out / INDEX), _shard_names(count))
+    return dict(hf_check.expected_by_file(settings, read_json(out / INDEX), _shard_names(count)))
 
 
 TARGETS: dict[str, Target] = {

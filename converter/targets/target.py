@@ -61,10 +61,11 @@ class Settings(Protocol):
 class Target:
     """A layout of weights on disk.
 
-    `files` gives the number of each tensor's file, `file_names` the names of so many files. `settings` makes the JSON files: a config.json and
-    the `needed` ones; `others` are names that may lie beside them. `expected` gives, for each weight file of a directory whose
-    `config.json` is given, tensors and shapes that must be there, and raises ValueError if the
-    number of files makes no sense.
+    `files` gives the number of each tensor's file, `file_names` the names of so many files.
+    `settings` makes the JSON files: a config.json and the `needed` ones; `others` are names that
+    may lie beside them. `expected` gives, for each weight file of a directory whose `config.json`
+    is given, tensors and shapes that must be there, and raises ValueError if the number of files
+    makes no sense.
     """
 
     check: Callable[[ModelSpec, Recipe], None]

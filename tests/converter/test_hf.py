@@ -1,4 +1,4 @@
-"""Checkpoints that transformers saved: laid out again, loaded by transformers, run to its logits."""
+"""Checkpoints that transformers saved: laid out again, and run to transformers' logits."""
 
 from __future__ import annotations
 
@@ -46,9 +46,7 @@ def all_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hf_to_hf_loads_and_gives_the_same_logits(
-    name: str, saved: Saved, tmp_path: Path
-) -> None:
+def test_hf_to_hf_loads_and_gives_the_same_logits(name: str, saved: Saved, tmp_path: Path) -> None:
     source, model = saved(name)
     out = tmp_path / "out"
     recipe = Recipe(target="hf", dtype="float32", shard_size=30_000)
@@ -106,7 +104,7 @@ def test_llama3_scaling_is_kept(saved: Saved, tmp_path: Path) -> None:
     assert config["share_embedding_table"] is True
 
 
-@pytest.mark.parametrize("name", ["mixtral", "qwen3_moe", "deepseek"])
+@pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "qwen3_moe", "deepseek"])
 def test_experts_in_two_tensors_are_read(name: str, saved: Saved, tmp_path: Path) -> None:
     """The names under which newer transformers keeps a layer's experts in memory."""
     source, model = saved(name)

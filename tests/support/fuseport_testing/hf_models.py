@@ -47,7 +47,8 @@ EXPERTS = {"num_experts": 4, "moe_intermediate_size": 24, "num_experts_per_tok":
 DEEPSEEK = {
     "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 20,
     "n_shared_experts": 2, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1,
-    "kv_lora_rank": 14, "head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 6, "v_head_dim": 10,
+    "kv_lora_rank": 14, "head_dim": 8, "qk_rope_head_dim": 8, "qk_nope_head_dim": 6,
+    "v_head_dim": 10,
     "num_key_value_heads": 4,
 }  # fmt: skip
 
@@ -63,6 +64,12 @@ CASES = (
     HfCase("mixtral", "mixtral", {"num_local_experts": 4}, unified=True),
     HfCase("qwen3_moe", "qwen3_moe", {**EXPERTS, "norm_topk_prob": True}, unified=True),
     HfCase("qwen3_moe_plain", "qwen3_moe", {**EXPERTS, "mlp_only_layers": [1]}),
+    HfCase(
+        "qwen2_moe",
+        "qwen2_moe",
+        {**EXPERTS, "head_dim": 8, "norm_topk_prob": True, "shared_expert_intermediate_size": 40},
+        unified=True,
+    ),
     HfCase("gemma", "gemma"),
     HfCase("gemma2", "gemma2", {"sliding_window": 3}),
     HfCase("gemma3", "gemma3_text", {"sliding_window": 3}),
@@ -84,7 +91,8 @@ def make(case: HfCase) -> Any:
     torch.manual_seed(0)
     config = AutoConfig.for_model(case.model_type, **{**SIZES, **case.options})
     config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval()
+    maker: Any = AutoModelForCausalLM
+    model = maker.from_config(config, attn_implementation="eager").eval()
     with torch.no_grad():
         for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
             if "inv_freq" not in name and tensor.is_floating_point() and tensor.numel() > 1:
@@ -118,8 +126,11 @@ def logits(model: Any) -> torch.Tensor:
 
 def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
     """The model in a directory; a tensor too many or too few is an error."""
-    model, info = AutoModelForCausalLM.from_pretrained(
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
         path, dtype=dtype, output_loading_info=True, attn_implementation="eager"
     )
-    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
+    model, info = loaded
+    assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), (
+        info
+    )
     return model.eval()
