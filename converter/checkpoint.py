@@ -176,6 +176,17 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def keep_apart(source: Path, out: Path) -> None:
+    """Raise OutputError if the result would lie within the source, or hold it."""
+    origin, target = source.resolve(), out.resolve()
+    # A run's directory is looked through for its iterations.
+    iteration = target.parent == origin.parent and target.name.startswith("iter_")
+    if iteration or target.is_relative_to(origin) or origin.is_relative_to(target):
+        raise OutputError(
+            f"{out} would lie among the source's files in {source}; choose another directory"
+        )
+
+
 @contextmanager
 def publish(out: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
     """A partial directory beside `out` that becomes `out` if the block ends well.

@@ -19,11 +19,10 @@ from .checkpoint import (
     Writer,
     copy_assets,
     file_digest,
-    lay_out,
+    keep_apart,
     publish,
     write_json,
 )
-from .errors import OutputError
 from .model import ModelSpec
 from .plan import Planned, batches, bind, build, intervals, on_meta, storage_key
 from .recipe import Recipe
@@ -31,7 +30,7 @@ from .sources.source import Source, open_source
 from .sources.stored import Piece, Stored
 from .state import check_complete, zero_row
 from .targets.table import TARGETS
-from .targets.target import Target, Task
+from .targets.target import Target, Task, file_images
 
 # Bytes of target tensors converted at once.
 BATCH = 256 << 20
@@ -127,31 +126,11 @@ def plan_checkpoint(
     padding = Stored(PADDING, tuple(zeros.shape), zeros.dtype, (piece,))
     task = Task(model, spec, recipe, twin, origin=opened.handed_on)
     stored = {**opened.stored, storage_key(twin): padding}
-    tensors, images = _files(target, build(target.rules(task), on_meta), recipe)
+    tensors, images = file_images(target, build(target.rules(task), on_meta), recipe)
     plan = CheckpointPlan(opened, spec, recipe, tensors, stored, images)
     # What a target's settings cannot say is an error before anything is read.
     plan.settings()
     return plan
-
-
-def _files(
-    target: Target, tensors: list[Planned], recipe: Recipe
-) -> tuple[list[Planned], dict[int, FileImage]]:
-    """The tensors, their rank replaced by their file's number, and the images of the files."""
-    numbers = target.files(tensors, recipe)
-    placed = [
-        dataclasses.replace(planned, rank=number)
-        for planned, number in zip(tensors, numbers, strict=True)
-    ]
-    by_file: dict[int, list[Planned]] = {}
-    for planned in placed:
-        by_file.setdefault(planned.rank, []).append(planned)
-    names = target.file_names(len(by_file))
-    images = {
-        number: lay_out(names[number], by_file[number], target.metadata)
-        for number in sorted(by_file)
-    }
-    return placed, images
 
 
 @dataclass(frozen=True)
@@ -203,7 +182,7 @@ def convert_checkpoint(
         if isinstance(source, CheckpointPlan)
         else plan_checkpoint(source, recipe or Recipe(), facts)
     )
-    _keep_apart(plan.source.origin, out)
+    keep_apart(plan.source.origin, out)
     with publish(out, overwrite=overwrite, needed=plan.nbytes) as partial:
         writer = Writer(partial, plan.images)
         try:
@@ -218,17 +197,6 @@ def convert_checkpoint(
             copy_assets(assets, partial, plan.target.others)
         write_json(partial / MANIFEST, _manifest(plan, writer, counts))
     return Report(out, plan.nbytes, len(plan.tensors), counts[0], counts[1])
-
-
-def _keep_apart(source: Path, out: Path) -> None:
-    """Raise OutputError if the result would lie within the source, or hold it."""
-    origin, target = source.resolve(), out.resolve()
-    # A run's directory is looked through for its iterations.
-    iteration = target.parent == origin.parent and target.name.startswith("iter_")
-    if iteration or target.is_relative_to(origin) or origin.is_relative_to(target):
-        raise OutputError(
-            f"{out} would lie among the source's files in {source}; choose another directory"
-        )
 
 
 def _fill(

@@ -128,6 +128,8 @@ def make_family(table: Table, where: str) -> Family:
         RecipeError: a part or a key is not known, or one is missing.
     """
     try:
+        if not isinstance(table, Mapping):
+            raise TypeError(f"{table!r} is no table")
         merged = _inherited(table, where)
         missing = [name for name in NEEDED if not merged.get(name)]
         if missing:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
 from .errors import RecipeError
+from .hf_family import Table, make_family
 from .model import ModelSpec
 
 DTYPES = {
@@ -44,7 +44,7 @@ class Recipe:
     use_parallel_embedding: bool = False
     gpus_per_node: int = 8
     shard_size: int = SHARD_SIZE
-    family: Mapping[str, object] | None = None
+    family: Table | None = None
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "pp_size", "moe_ep_size", "gpus_per_node", "shard_size"):
@@ -61,6 +61,8 @@ class Recipe:
                 f"use_parallel_embedding must be True or False, found "
                 f"{self.use_parallel_embedding!r}"
             )
+        if self.family is not None:
+            make_family(self.family, "of the recipe")
 
     @property
     def torch_dtype(self) -> torch.dtype:

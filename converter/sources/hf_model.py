@@ -45,7 +45,8 @@ class _Reader:
         hidden, tied = self.spec.hidden_size, self.spec.share_embeddings_and_output_weights
         names = self.family.names("output")
         # A tied model's file may hold the embedding twice.
-        output = self.claims.take(names, (None, hidden))
+        find = self.claims.take if tied else self.claims.need
+        output = find(names, (None, hidden))
         return Model(
             embedding=self.claims.need(self.family.names("embedding"), (None, hidden)),
             positions=None,

@@ -110,6 +110,8 @@ def _sizes(value: object) -> Shape | None:
 
 
 def _dtype(path: Path, name: str, kind: object) -> torch.dtype:
+    if not isinstance(kind, str):
+        raise SourceError(f"{path}: tensor {name!r} has dtype {kind!r}, which is not known")
     if kind in NO_WEIGHTS:
         raise UnsupportedOptionError(
             f"{path}: tensor {name!r} is {kind}, but weights are read from "
@@ -117,7 +119,7 @@ def _dtype(path: Path, name: str, kind: object) -> torch.dtype:
         )
     if kind not in DTYPES:
         raise SourceError(f"{path}: tensor {name!r} has dtype {kind!r}, which is not known")
-    return DTYPES[str(kind)]
+    return DTYPES[kind]
 
 
 def _check_cover(path: Path, ranges: list[tuple[int, int, str]], size: int) -> None:

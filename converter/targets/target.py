@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from fuseport.kernels.move import GivenScale
 
+from ..checkpoint import FileImage, lay_out
 from ..hf_family import Family
 from ..logical import Model
 from ..model import ModelSpec
@@ -78,3 +80,23 @@ class Target:
     expected: Callable[[Mapping[str, Any], Path, int], dict[str, Shapes]]
     needed: tuple[str, ...] = ()
     others: frozenset[str] = frozenset()
+
+
+def file_images(
+    target: Target, tensors: list[Planned], recipe: Recipe
+) -> tuple[list[Planned], dict[int, FileImage]]:
+    """The tensors, their rank replaced by their file's number, and the images of the files."""
+    numbers = target.files(tensors, recipe)
+    placed = [
+        dataclasses.replace(planned, rank=number)
+        for planned, number in zip(tensors, numbers, strict=True)
+    ]
+    by_file: dict[int, list[Planned]] = {}
+    for planned in placed:
+        by_file.setdefault(planned.rank, []).append(planned)
+    names = target.file_names(len(by_file))
+    images = {
+        number: lay_out(names[number], by_file[number], target.metadata)
+        for number in sorted(by_file)
+    }
+    return placed, images
