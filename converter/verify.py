@@ -229,11 +229,10 @@ def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
         facts = dict(manifest["spec"])
         facts["blocks"] = tuple(Block(**block) for block in facts["blocks"])
         facts["moe_layers"] = tuple(facts["moe_layers"])
-        if not isinstance(facts["special"], list):
-            raise TypeError("special is not a list")
+        _expect(isinstance(facts["special"], list), "special")
         facts["special"] = tuple(facts["special"])
         spec, recipe = ModelSpec(**facts), Recipe(**manifest["recipe"])
-    except (KeyError, TypeError, FuseportError) as error:
+    except (KeyError, TypeError, ValueError, FuseportError) as error:
         raise VerificationError(
             f"the manifest's spec or recipe makes no sense ({error}); convert again"
         ) from error

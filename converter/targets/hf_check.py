@@ -18,13 +18,14 @@ REQUIRED = (
 
 # Classes whose attention has q_proj, k_proj, v_proj and o_proj of one head size.
 PLAIN_ATTENTION = {
-    "llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma", "gemma2", "gemma3_text",
-    "nemotron", "gpt_oss",
+    "llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral", "gemma", "gemma2",
+    "gemma3_text", "nemotron", "gpt_oss",
 }  # fmt: skip
 GATED_MLP = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"}
 # Class → the modules of an expert (gate, up, down), and the key of its width.
 EXPERTS = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2"), "intermediate_size"),
+    "qwen2_moe": ("mlp", ("gate_proj", "up_proj", "down_proj"), "moe_intermediate_size"),
     "qwen3_moe": ("mlp", ("gate_proj", "up_proj", "down_proj"), "moe_intermediate_size"),
     "deepseek_v3": ("mlp", ("gate_proj", "up_proj", "down_proj"), "moe_intermediate_size"),
 }

@@ -13,12 +13,19 @@ from fuseport_testing.cases import megatron_args
 from fuseport_testing.hf_tiny import tiny_tensors, write_file, write_hf_tiny
 from fuseport_testing.small_models import random_state, small
 from fuseport_testing.tiny import write_tiny
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from fuseport.converter import ModelSpec, Recipe, convert_checkpoint, convert_state_dict
+from fuseport.converter import (
+    ModelSpec,
+    Recipe,
+    convert_checkpoint,
+    convert_state_dict,
+    verify_checkpoint,
+)
+from fuseport.converter.checkpoint import file_digest
 from fuseport.converter.cli import app
-from fuseport.converter.errors import FuseportError, OutputError, RecipeError
+from fuseport.converter.errors import FuseportError, OutputError, RecipeError, VerificationError
 from fuseport.converter.hf_family import GROUPS, make_family, packaged
 from fuseport.converter.recipe import TARGETS as NAMES
 from fuseport.converter.targets.table import TARGETS
@@ -158,3 +165,33 @@ def test_hf_from_megatron_on_the_command_line(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.exception
     refused = CliRunner().invoke(app, [*command, "--tp", "2", "--overwrite"])
     assert isinstance(refused.exception, RecipeError)
+
+
+@pytest.mark.parametrize("fault", ["tensor", "index", "index's file", "config"])
+def test_a_result_that_lacks_something(fault: str, tmp_path: Path) -> None:
+    """Also where someone made the digests fit."""
+    source, out = write_hf_tiny(tmp_path / "s"), tmp_path / "out"
+    convert_checkpoint(source, out, Recipe(target="hf", dtype="float32"))
+    file, name = out / "model-00001-of-00001.safetensors", "model.layers.1.mlp.up_proj.weight"
+    index, manifest = out / "model.safetensors.index.json", out / "fuseport-manifest.json"
+    texts = {path: json.loads(path.read_text()) for path in (index, manifest)}
+    if fault == "tensor":
+        tensors = load_file(file)
+        del tensors[name], texts[manifest]["tensors"][file.name][name]
+        save_file(tensors, file, {"format": "pt"})
+    elif fault == "index":
+        del texts[index]["weight_map"][name]
+    elif fault == "index's file":
+        texts[index]["weight_map"][name] = "model-00002-of-00002.safetensors"
+    else:
+        config = json.loads((out / "config.json").read_text())
+        (out / "config.json").write_text(json.dumps({**config, "intermediate_size": 13}))
+    index.write_text(json.dumps(texts[index]))
+    for entry in texts[manifest]["files"]:
+        path = out / entry
+        texts[manifest]["files"][entry] = {
+            "bytes": path.stat().st_size, "xxh3_128": file_digest(path),
+        }  # fmt: skip
+    manifest.write_text(json.dumps(texts[manifest]))
+    with pytest.raises(VerificationError):
+        verify_checkpoint(out)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from fuseport.converter import (
     verify_checkpoint,
 )
 from fuseport.converter.errors import FuseportError, RecipeError, UnsupportedOptionError
+from fuseport.converter.hf_family import packaged
+from fuseport.converter.targets.hf_config import hf_config
 
 Runs = Callable[..., Run]
 LAID_OUT = ("llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "nemotron")
@@ -84,6 +87,27 @@ def test_facts_that_a_family_cannot_say_are_named(megatron_run: Runs) -> None:
     source = megatron_run("llama").checkpoint("stacked")
     with pytest.raises(UnsupportedOptionError, match="rotary_percent"):
         plan_checkpoint(source, Recipe(target="hf"), {"rotary_percent": 0.123})
+
+
+@pytest.mark.parametrize(
+    "facts", [{"use_rope_scaling": True}, {"seq_len_interpolation_factor": 4.0}, {}]
+)
+def test_rope_is_what_transformers_takes_it_for(facts: dict[str, object]) -> None:
+    """The frequencies that a model gets from the written config, beside the formulas."""
+    transformers = pytest.importorskip("transformers")
+    args = vars(megatron_args(BY_NAME["llama"], 1, 1))
+    spec = ModelSpec.from_facts({**args, **facts})
+    config = hf_config(spec, Recipe(target="hf"), 61, packaged()["llama"])
+    model = transformers.LlamaModel(transformers.LlamaConfig(**config))
+    rates = 500000.0 ** (-torch.arange(0, 8, 2).float() / 8)
+    if facts.get("seq_len_interpolation_factor"):
+        rates = rates / 4
+    if facts.get("use_rope_scaling"):
+        # Llama 3.1: waves longer than 8192 are slowed by 8, shorter than 2048 are left alone.
+        waves = 2 * math.pi / rates
+        smooth = ((8192 / waves - 1) / 3).clamp(0, 1)
+        rates = (1 - smooth) * rates / 8 + smooth * rates
+    assert torch.allclose(model.rotary_emb.inv_freq, rates, rtol=1e-6)
 
 
 def coded(shape: torch.Size, number: int) -> torch.Tensor:
