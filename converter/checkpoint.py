@@ -142,7 +142,7 @@ def write_json(path: Path, values: object) -> None:
 
 
 def copy_assets(source: Path, out: Path, names: Collection[str]) -> None:
-    """Copy those of a directory's files that are known by name, and are not there yet.
+    """Copy those of a directory's files that are known by name.
 
     Raises:
         OutputError: there are none, or one is no regular file.
@@ -154,8 +154,7 @@ def copy_assets(source: Path, out: Path, names: Collection[str]) -> None:
     for name in found:
         if not (source / name).is_file():
             raise OutputError(f"{source / name} is not a regular file; leave it out")
-        if not (out / name).exists():
-            shutil.copyfile(source / name, out / name)
+        shutil.copyfile(source / name, out / name)
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -184,6 +184,8 @@ def convert_checkpoint(
     )
     keep_apart(plan.source.origin, out)
     with publish(out, overwrite=overwrite, needed=plan.nbytes) as partial:
+        if assets is not None:
+            copy_assets(assets, partial, plan.target.others)
         writer = Writer(partial, plan.images)
         try:
             writer.open()
@@ -193,8 +195,6 @@ def convert_checkpoint(
             writer.close()
         for name, values in plan.settings().items():
             write_json(partial / name, values)
-        if assets is not None:
-            copy_assets(assets, partial, plan.target.others)
         write_json(partial / MANIFEST, _manifest(plan, writer, counts))
     return Report(out, plan.nbytes, len(plan.tensors), counts[0], counts[1])
 

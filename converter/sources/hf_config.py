@@ -61,6 +61,7 @@ def facts_of(config: Mapping[str, object], family: Family) -> dict[str, object]:
         special = _special(values, config)
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise SourceError(f"config.json makes no sense: {error!r}") from error
+    facts["layernorm_zero_centered_gamma"] = family.zero_centred_norms
     facts["model_type"] = family.unified or OTHER
     facts["special"] = tuple(sorted({*family.special, *special, *scaled}))
     return {name: value for name, value in facts.items() if value is not None}

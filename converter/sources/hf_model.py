@@ -71,7 +71,8 @@ class _Layer:
 
     def norm(self, part: str, size: int) -> Norm:
         bias = self.bias(part, size, self.spec.normalization == "LayerNorm")
-        return Norm(self.need(part, (size,)), bias, self.family.norm_shift)
+        shift = 1.0 if self.spec.layernorm_zero_centered_gamma else 0.0
+        return Norm(self.need(part, (size,)), bias, shift)
 
     def maybe_norm(self, part: str, size: int) -> Norm | None:
         return self.norm(part, size) if self.family.module(part) else None

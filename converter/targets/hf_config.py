@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from ..errors import UnsupportedOptionError
 from ..hf_family import Family
@@ -21,6 +21,12 @@ OWN_WAY = (
 )  # fmt: skip
 
 
+OTHER_FAMILY = (
+    "choose another family with --fact model_type=NAME, or give a table with --family FILE"
+)
+OWN_CONFIG = "the source's config.json is taken over, so correct it there"
+
+
 def hf_config(
     spec: ModelSpec,
     recipe: Recipe,
@@ -36,10 +42,15 @@ def hf_config(
         own: the source's config.json, if it has one: it is kept, but for dtype and vocabulary.
 
     Raises:
-        UnsupportedOptionError: the family cannot say one of the facts.
+        UnsupportedOptionError: the family cannot say one of the facts, or `own` says another.
     """
     spec = spec.replace(vocab_size=vocab_size)
-    config = dict(own) if own is not None else _from_facts(spec, family)
+    if own is None:
+        config = _from_facts(spec, family)
+        _check_says(spec, config, family, {*OWN_WAY, *_idle(spec)}, OTHER_FAMILY)
+    else:
+        config = dict(own)
+        _check_says(spec, config, family, {"vocab_size"}, OWN_CONFIG)
     config["vocab_size"] = vocab_size
     # From 5 on transformers calls it dtype; engines know the old name.
     config |= {"dtype": recipe.dtype, "torch_dtype": recipe.dtype}
@@ -60,9 +71,7 @@ def _from_facts(spec: ModelSpec, family: Family) -> dict[str, object]:
         value = getattr(spec, fact)
         if value is not None:
             config[keys[0]] = ACTIVATIONS.get(value, value) if fact == "activation_func" else value
-    config |= _rope(spec) | _experts(spec)
-    _check_says(spec, config, family)
-    return config
+    return config | _rope(spec) | _experts(spec)
 
 
 def _rope(spec: ModelSpec) -> dict[str, object]:
@@ -88,20 +97,24 @@ def _idle(spec: ModelSpec) -> tuple[str, ...]:
     return () if dense else ("ffn_hidden_size",)
 
 
-def _check_says(spec: ModelSpec, config: Mapping[str, object], family: Family) -> None:
-    """Read the config back: a fact that comes back otherwise is one that the family cannot say."""
+def _check_says(
+    spec: ModelSpec,
+    config: Mapping[str, object],
+    family: Family,
+    passed_over: Collection[str],
+    hint: str,
+) -> None:
+    """Read the config back: a fact that comes back otherwise is one that it cannot say."""
     back = ModelSpec.from_facts(facts_of(config, family))
     layers = range(spec.num_layers)
     if [back.is_moe(layer) for layer in layers] != [spec.is_moe(layer) for layer in layers]:
         raise UnsupportedOptionError(
             f"the family {family.model_type} cannot say which layers have experts"
         )
-    passed_over = {*OWN_WAY, *_idle(spec)}
     for fact in dataclasses.fields(ModelSpec):
         mine, its = getattr(spec, fact.name), getattr(back, fact.name)
         if fact.name not in passed_over and mine != its:
             raise UnsupportedOptionError(
-                f"the model has {fact.name} = {mine!r}, but a config.json of the family "
-                f"{family.model_type} means {its!r}; choose another family with --fact "
-                f"model_type=NAME, or give a table with --family FILE"
+                f"the model has {fact.name} = {mine!r}, but its config.json of the family "
+                f"{family.model_type} means {its!r}; {hint}"
             )

@@ -280,6 +280,15 @@ def test_options_are_kept_for_hf_and_refused_for_unified(
     assert {**CONFIG, **config, "dtype": "float32", "torch_dtype": "float32"} == written
 
 
+def test_facts_against_the_sources_config(tmp_path: Path) -> None:
+    """The config is taken over, so a fact that it does not say would be lost."""
+    source = write_hf_tiny(tmp_path / "s")
+    for fact in ({"rotary_base": 3.0}, {"layernorm_epsilon": 1.0}, {"special": ("x",)}):
+        with pytest.raises(ModelError, match=next(iter(fact))):
+            plan_checkpoint(source, HF, fact)
+    plan_checkpoint(source, HF, {"vocab_size": 10, "rotary_base": 10000.0})
+
+
 def test_a_tied_model_may_hold_its_embedding_twice(tmp_path: Path) -> None:
     source = write_hf_tiny(tmp_path / "s", tie_word_embeddings=True)
     convert_checkpoint(source, tmp_path / "out", HF)
