@@ -8,6 +8,7 @@
     │   ├── MissingTensorError
     │   ├── UnknownTensorError
     │   ├── ShapeError
+    │   ├── ScaleError
     │   └── UnsupportedOptionError
     ├── RecipeError                the choice of target, parallel sizes or dtypes cannot work
     ├── OutputError                the destination exists, is full, or is not writable
@@ -47,6 +48,10 @@ class UnknownTensorError(ModelError):
 
 class ShapeError(ModelError):
     """A source tensor has another shape than the model's facts say."""
+
+
+class ScaleError(ModelError):
+    """A quantisation scale is missing, ambiguous, or not a finite, normal and positive number."""
 
 
 class UnsupportedOptionError(ModelError):

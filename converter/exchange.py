@@ -94,7 +94,7 @@ def _run(
     rank: int,
     group: dist.ProcessGroup | None,
 ) -> None:
-    operations = []
+    operations: list[dist.P2POp] = []
     for one in mine:
         source = (
             tensor.narrow(0, one.start - rank * tensor.shape[0], one.stop - one.start)
@@ -105,17 +105,23 @@ def _run(
         if source is not None and place is not None:
             place.copy_(source)
         elif source is not None:
-            operations.append(_operation(dist.isend, source.contiguous(), one.wanter, group))
+            operations.append(operation(dist.isend, source.contiguous(), one.wanter, group))
         elif place is not None:
-            operations.append(_operation(dist.irecv, place, one.holder, group))
+            operations.append(operation(dist.irecv, place, one.holder, group))
+    run_operations(operations)
+
+
+def run_operations(operations: Sequence[dist.P2POp]) -> None:
+    """Start all sends and receives, and wait for them. Peers list theirs in one order."""
     if operations:
-        for work in dist.batch_isend_irecv(operations):
+        for work in dist.batch_isend_irecv(list(operations)):
             work.wait()
 
 
-def _operation(
+def operation(
     kind: object, tensor: torch.Tensor, peer: int, group: dist.ProcessGroup | None
 ) -> dist.P2POp:
+    """A send (`dist.isend`) to rank `peer` of the group, or a receive (`dist.irecv`) from it."""
     assert group is not None
     return dist.P2POp(kind, tensor, dist.get_global_rank(group, peer), group)  # type: ignore[arg-type]
 

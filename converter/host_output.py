@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
 
 import torch
 
@@ -30,6 +31,10 @@ WINDOW = 96 << 20
 # First-touched memory comes at 1 to 2 GB/s a thread, so many threads share the copying.
 THREADS = min(16, os.cpu_count() or 1)
 RING, CHUNK = 2 * THREADS, 4 << 20
+# What a thread populates at once; whoever maps memory waits as long.
+POPULATED = 16 << 20
+# Linux 5.14's advice to hand out pages now, as if each were written; mmap does not name it.
+MADV_POPULATE_WRITE = 23
 
 
 @dataclass(frozen=True)
@@ -93,17 +98,22 @@ def places_of(plan: Sequence[Planned]) -> tuple[list[int], int]:
 
 
 class Block:
-    """Host memory that is used again; registered with the driver once it has been touched."""
+    """Host memory that is used again; registered with the driver once it has been touched.
+
+    New memory is populated by threads in the background, from its beginning on.
+    """
 
     def __init__(self) -> None:
         self.memory = torch.empty(0, dtype=torch.uint8)
         self.registered = False
+        self._populating: ThreadPoolExecutor | None = None
 
     def reserve(self, size: int) -> torch.Tensor:
         """At least `size` bytes: the old ones where they suffice."""
         if self.memory.numel() < size:
             self.release()
             self.memory = _untouched(size)
+            self._populating = _populate(self.memory)
         return self.memory
 
     def register(self) -> None:
@@ -114,7 +124,10 @@ class Block:
             self.registered = int(status) == 0
 
     def release(self) -> None:
-        """Take it back from the driver."""
+        """Take it back from the driver, and populate no more of it."""
+        if self._populating is not None:
+            self._populating.shutdown(wait=False, cancel_futures=True)
+            self._populating = None
         if self.registered:
             torch.cuda.cudart().cudaHostUnregister(self.memory.data_ptr())
             self.registered = False
@@ -129,6 +142,31 @@ def _untouched(size: int) -> torch.Tensor:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         mapping.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(mapping, dtype=torch.uint8)
+
+
+def _populate(memory: torch.Tensor) -> ThreadPoolExecutor:
+    """Start to populate it; nobody has to wait for the threads."""
+    pool, start = ThreadPoolExecutor(THREADS), Event()
+    for part in memory.split(POPULATED):
+        pool.submit(_hand_out, part, start)
+    # Not before: a new thread's stack is mapped memory too.
+    start.set()
+    # Its threads end with the work.
+    pool.shutdown(wait=False)
+    return pool
+
+
+def _hand_out(part: torch.Tensor, start: Event) -> None:
+    """`part` keeps the mapping alive. An older kernel refuses: pages come as they are written."""
+    start.wait()
+    _madvise(part.data_ptr(), part.numel(), MADV_POPULATE_WRITE)
+
+
+def _madvise(address: int, size: int, advice: int) -> int:
+    """The C library's, for mmap's own does not let other threads run meanwhile."""
+    call = ctypes.CDLL(None).madvise
+    call.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    return int(call(address, size, advice))
 
 
 @dataclass(frozen=True)

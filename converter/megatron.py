@@ -19,8 +19,8 @@ import torch.distributed as dist
 from .backend import preparer
 from .claims import LenientClaims
 from .errors import RecipeError
-from .exchange import exchange_rows, kv_ranges, vocabulary_ranges
-from .host_output import Block, HostOutput
+from .exchange import Rows, exchange_rows, kv_ranges, vocabulary_ranges
+from .host_output import Block, HostOutput, places_of
 from .megatron_base import WeightsConverter, str_dtype_to_torch
 from .megatron_names import MODULES, to_megatron
 from .megatron_single import SingleDeviceTRTLLMModelWeightsConverter
@@ -28,7 +28,8 @@ from .model import ModelSpec
 from .parallel import Parallel, current_parallel
 from .plan import build, on_meta
 from .sources.megatron import read_model
-from .state import plan_memory, run_plan, weights
+from .stages import gather_stage
+from .state import plan_memory, run_plan, tensors_of, weights
 from .targets.trtllm_config import pp_layers
 
 __all__ = [
@@ -39,7 +40,7 @@ __all__ = [
 ]
 
 EMBEDDING, OUTPUT = "embedding.word_embeddings.weight", "output_layer.weight"
-QKV = re.compile(r"^decoder\.layers\.\d+\.self_attention\.linear_qkv\.(weight|bias)$")
+QKV = re.compile(r"^decoder\.layers\.(\d+)\.self_attention\.linear_qkv\.(weight|bias)$")
 POSITIONS = "embedding.position_embeddings.weight"
 
 
@@ -84,6 +85,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         self._block = Block()
         self._planned_for: Sequence[object] = ()
         self._run: Callable[[], dict[str, torch.Tensor]] = dict
+        self._results: dict[str, torch.Tensor] = {}
         self.inference_tp_size, self.tp_rank = place.tp_size, place.tp_rank
         self.inference_pp_size, self.pp_rank = place.pp_size, place.pp_rank
         self.tp_group: dist.ProcessGroup | None = place.tp_group
@@ -91,38 +93,53 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
     @torch.no_grad()
     def convert(
         self,
-        model_state_dict: dict[str, Any],
+        model_state_dict: dict[str, Any] | Sequence[dict[str, Any]],
         trtllm_conversion_dict: Mapping[str, Any],
         tokenizer_vocab_size: int,
     ) -> None:
-        """Fill `trtllm_model_weights` from a rank's state dict.
+        """Fill `trtllm_model_weights` from a rank's state dict, or from its chunks' state dicts.
 
         Collective over the tensor parallel group where rows of other ranks are needed: if the
         vocabulary without padding is not split as the padded one was, or tp exceeds the KV heads.
+        Collective over the pipeline group for chunks on several pipeline ranks.
 
         Args:
-            model_state_dict: the rank's tensors, layers numbered from 0 in its pipeline stage.
+            model_state_dict: the rank's tensors, layers numbered from 0 in its pipeline stage. Or,
+                for interleaved pipelines, those of each virtual chunk in order, layers numbered
+                from 0 in the chunk.
             trtllm_conversion_dict: names without layer numbers → `TRTLLMLayers`.
             tokenizer_vocab_size: the vocabulary without padding.
 
         Raises:
             FuseportError: see `errors`.
         """
-        key = (
-            tokenizer_vocab_size,
-            dict(trtllm_conversion_dict),
-            *_addresses(model_state_dict),
+        one = isinstance(model_state_dict, dict)
+        chunks: list[dict[str, Any]] = (
+            [model_state_dict] if isinstance(model_state_dict, dict) else [*model_state_dict]
         )
+        key = (one, tokenizer_vocab_size, dict(trtllm_conversion_dict), *map(_addresses, chunks))
         if self._planned_for != key:
-            named = to_megatron(weights(model_state_dict), trtllm_conversion_dict)
-            tensors = self._own_rows(named, tokenizer_vocab_size)
+            named = self._stage(chunks, one, trtllm_conversion_dict)
+            tensors = self._own_rows(named, trtllm_conversion_dict, tokenizer_vocab_size)
             self._prepare(tensors, trtllm_conversion_dict)
-            # Rows that came from other ranks must come again the next time.
-            self._planned_for = key if _share_memory(tensors, named) else ()
-        self.trtllm_model_weights |= self._run()
+            # What came from other ranks must come again the next time, on all ranks alike.
+            kept = (one or self.inference_pp_size == 1) and _share_memory(tensors, named)
+            self._planned_for = key if kept else ()
+        self._results = self._run()
+        self.trtllm_model_weights |= self._results
         if self.consume:
-            model_state_dict.clear()
+            for chunk in chunks:
+                chunk.clear()
             self._planned_for, self._run = (), dict
+
+    def _stage(
+        self, chunks: Sequence[dict[str, Any]], one: bool, conversion: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """The stage's tensors by Megatron's names; `one` dict is a stage already."""
+        if one:
+            return to_megatron(weights(chunks[0]), conversion)
+        named = [to_megatron(tensors_of(chunk), conversion) for chunk in chunks]
+        return gather_stage(named, self.facts(conversion).num_layers, self.parallel)
 
     def _prepare(self, tensors: Mapping[str, torch.Tensor], conversion: Mapping[str, Any]) -> None:
         """Plan, and keep the plan: it runs again as long as the tensors stay where they are."""
@@ -132,7 +149,11 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         allocate = on_meta if self.output == "host" else None
         model, scales = read_model(tensors, spec, LenientClaims), self.given_scales(device)
         plan = plan_memory(tensors, model, spec, recipe, scales, allocate)
+        if self.output == "host":
+            # Now, so that it is populated while the rest is made ready.
+            self._block.reserve(places_of(plan)[1])
         prepare = preparer(self.backend, device)
+        self._forget()
         names = [planned.name for planned in plan]
         if self.output == "host":
             host = HostOutput(plan, prepare, device, self._block)
@@ -142,8 +163,14 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         results = dict(zip(names, [planned.dst for planned in plan], strict=True))
         self._run = lambda: (run(), results)[1]
 
+    def _forget(self) -> None:
+        """A dict without an earlier plan's results: their memory is about to be used again."""
+        old = self._results
+        kept = {n: t for n, t in self.trtllm_model_weights.items() if t is not old.get(n)}
+        self.trtllm_model_weights, self._results = kept, {}
+
     def _own_rows(
-        self, tensors: dict[str, torch.Tensor], vocab_size: int
+        self, tensors: dict[str, torch.Tensor], conversion: Mapping[str, Any], vocab_size: int
     ) -> dict[str, torch.Tensor]:
         """The tensors with just this rank's rows of the target."""
         tp, result = self.inference_tp_size, dict(tensors)
@@ -154,31 +181,30 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
                 result[name] = self._exchange(tensors[name], wanted, share)
         if POSITIONS in tensors:
             result[POSITIONS] = tensors[POSITIONS].chunk(tp)[self.tp_rank]
-        if tp > self.num_kv_heads:
-            result |= self._own_heads(tensors)
+        return result | self._own_heads(tensors, conversion)
+
+    def _own_heads(
+        self, tensors: Mapping[str, torch.Tensor], conversion: Mapping[str, Any]
+    ) -> dict[str, torch.Tensor]:
+        """linear_qkv of layers with fewer KV heads than there are ranks.
+
+        As if the rank's query heads and its (repeated) KV head were a model.
+        """
+        spec, place, tp = self.facts(conversion), self.parallel, self.inference_tp_size
+        layers = pp_layers(spec.num_layers, place.pp_size, place.pp_rank)
+        rows = (spec.num_attention_heads // tp + 2) * spec.kv_channels
+        result = {}
+        for name, tensor in tensors.items():
+            match = QKV.match(name)
+            # One that no stage has is left to be named as unknown.
+            if match is None or int(match[1]) >= len(layers):
+                continue
+            groups = spec.block(layers[int(match[1])]).num_query_groups
+            if groups < tp:
+                result[name] = self._exchange(tensor, _kv_ranges(name, spec, groups, tp), rows)
         return result
 
-    def _own_heads(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """linear_qkv as if the rank's query heads and its (repeated) KV head were a model."""
-        config, tp = self.transformer_config, self.inference_tp_size
-        heads = config.num_attention_heads
-        if tp % self.num_kv_heads or heads % tp:
-            raise RecipeError(
-                f"{heads} heads and {self.num_kv_heads} query groups on tp = {tp}: tp must be a "
-                f"multiple of the groups and divide the heads"
-            )
-        head = config.kv_channels or config.hidden_size // heads
-        wanted = kv_ranges(heads, self.num_kv_heads, head, tp)
-        rows = (heads // tp + 2) * head
-        return {
-            name: self._exchange(tensor, wanted, rows)
-            for name, tensor in tensors.items()
-            if QKV.match(name)
-        }
-
-    def _exchange(
-        self, tensor: torch.Tensor, wanted: list[list[tuple[int, int]]], rows: int
-    ) -> torch.Tensor:
+    def _exchange(self, tensor: torch.Tensor, wanted: list[list[Rows]], rows: int) -> torch.Tensor:
         return exchange_rows(tensor, wanted, rank=self.tp_rank, rows=rows, group=self.tp_group)
 
     def _shard_facts(self, conversion: Mapping[str, Any]) -> ModelSpec:
@@ -213,8 +239,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         """Convert one tensor of a layer, given by its target name and as Megatron has it."""
         tensors = to_megatron({layer_name: val.detach()}, MODULES)
         spec = self._shard_facts({layer_name: layer_name})
-        if self.inference_tp_size > self.num_kv_heads:
-            tensors |= self._own_heads(tensors)
+        tensors |= self._own_heads(tensors, {layer_name: layer_name})
         plan = build(self.partial_targets(tensors, spec, self.recipe()), val.new_empty)
         run_plan(plan, self.backend)
         for planned in plan:
@@ -237,6 +262,16 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         tp = self.inference_tp_size
         wanted = vocabulary_ranges(tokenizer_vocab_size, tp)
         return self._exchange(table.detach(), wanted, -(-tokenizer_vocab_size // tp)).T
+
+
+def _kv_ranges(name: str, spec: ModelSpec, groups: int, tp: int) -> list[list[Rows]]:
+    heads = spec.num_attention_heads
+    if tp % groups or heads % tp:
+        raise RecipeError(
+            f"{name}: {heads} heads and {groups} query groups on tp = {tp}: tp must be a multiple "
+            f"of the groups and divide the heads"
+        )
+    return kv_ranges(heads, groups, spec.kv_channels, tp)
 
 
 def _addresses(state_dict: Mapping[str, Any]) -> list[tuple[object, ...]]:

@@ -143,7 +143,7 @@ class SingleDeviceTRTLLMModelWeightsConverter(WeightsConverter):
             for name in (EMBEDDING, POSITIONS):
                 local |= self._rows(name, mapping, share)
         if mapping.is_last_pp_rank():
-            local |= self._rows(OUTPUT, mapping, True)
+            local |= self._head(mapping)
             for name in FINAL_NORM:
                 local |= self._rows(name, mapping, False)
         return local
@@ -160,6 +160,13 @@ class SingleDeviceTRTLLMModelWeightsConverter(WeightsConverter):
                 continue
             part = match[3].replace(".post_layernorm.", ".mlp_layernorm.") if falcon else match[3]
             yield f"{match[1]}{int(match[2]) - layers[0]}{part}", tensor
+
+    def _head(self, mapping: Any) -> dict[str, torch.Tensor]:
+        """The output's rows; a tied model's embedding where the stage does not have that too."""
+        if OUTPUT in self.trtllm_model_weights or mapping.is_first_pp_rank():
+            return self._rows(OUTPUT, mapping, True)
+        tied = self._rows(EMBEDDING, mapping, True).get(EMBEDDING)
+        return {} if tied is None else {OUTPUT: self.cast(OUTPUT, tied)}
 
     def _rows(self, name: str, mapping: Any, share: bool) -> dict[str, torch.Tensor]:
         """A rank's share of an unsplit tensor, zero rows where the vocabulary ends."""

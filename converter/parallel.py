@@ -13,7 +13,8 @@ from .errors import RecipeError
 class Parallel:
     """A rank's place: tensor, pipeline and expert parallel sizes and ranks.
 
-    `tp_group` is needed only where rows of other tensor-parallel ranks are. Experts are split by
+    `tp_group` is needed only where rows of other tensor-parallel ranks are, and `pp_group`, the
+    ranks of one pipeline in order, only where virtual pipeline chunks are. Experts are split by
     expert over `ep_size` ranks, which must divide tp, and inside each over tp / ep.
 
     Raises:
@@ -26,6 +27,7 @@ class Parallel:
     pp_rank: int = 0
     ep_size: int = 1
     tp_group: dist.ProcessGroup | None = None
+    pp_group: dist.ProcessGroup | None = None
 
     def __post_init__(self) -> None:
         for kind in ("tp", "pp"):
@@ -50,6 +52,7 @@ class Parallel:
             0 if pp_group is None else dist.get_rank(pp_group),
             ep_size,
             tp_group,
+            pp_group,
         )
 
 
@@ -72,6 +75,7 @@ def current_parallel() -> Parallel:
             state.get_pipeline_model_parallel_world_size(),
             state.get_pipeline_model_parallel_rank(),
             tp_group=state.get_tensor_model_parallel_group(),
+            pp_group=state.get_pipeline_model_parallel_group(check_initialized=False),
         )
     except AssertionError as error:
         raise RecipeError(

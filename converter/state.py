@@ -83,14 +83,19 @@ def weights(state_dict: Mapping[str, object]) -> dict[str, torch.Tensor]:
     Raises:
         MissingTensorError: there are none.
     """
-    found = {
+    found = tensors_of(state_dict)
+    if not found:
+        raise MissingTensorError("the state dict holds no tensors")
+    return found
+
+
+def tensors_of(state_dict: Mapping[str, object]) -> dict[str, torch.Tensor]:
+    """Like `weights`, of a dict that may hold none."""
+    return {
         name: value.detach()
         for name, value in state_dict.items()
         if isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
     }
-    if not found:
-        raise MissingTensorError("the state dict holds no tensors")
-    return found
 
 
 def zero_row(model: Model, spec: ModelSpec, device: torch.device) -> torch.Tensor:

@@ -1,12 +1,12 @@
 """All moves of a batch in one launch per kind.
 
-Each move becomes a few rows of a descriptor table; a second table maps every tile to its row, so
-a program finds its work with two loads and no search. A kind is what the compiled code depends
-on: order of the strides, dtypes, whether accesses can be 16 bytes wide, and the arithmetic. A
-model usually needs two or three kinds, however many tensors it has.
+A kind is what the compiled code depends on: order of the strides, dtypes, whether accesses can be
+16 bytes wide, and the arithmetic. A model usually needs two or three kinds, however many tensors
+it has.
 
 Bytes moved: every source and destination byte once, plus 4 bytes of tile table per 4096 elements
-(8192 when transposed) and 128 bytes per descriptor.
+(8192 when transposed) and 160 bytes per descriptor. Scales computed for a whole tensor, and
+NVFP4's second scale, read the source once more.
 
 Rejected: tiles of 2048 elements (on an H100 0.73 of the copy into e4m3, where 4096 gave 1.0: the
 two table loads are then too large a share of a program), and tiles above 4096 (no gain).
@@ -14,19 +14,22 @@ two table loads are then too large a share of a program), and tiles above 4096 (
 
 from __future__ import annotations
 
-import struct
-from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-from .move import Box, Move, describe, is_vector, tile_counts, tile_shape
+from .amax_kernel import amax_kernel
+from .move import Move
 from .move_kernel import move_kernel
 from .numerics import LARGEST_SOURCE
+from .quant import GivenScale, NvScale, TensorScale
+from .region_kernel import region_kernel
+from .regions import Job, stage
+from .tables import TWO_PASSES, Kind, Launch, build
+from .tally import SLOTS
 
 _TRITON = {
     torch.float32: tl.float32,
@@ -37,63 +40,19 @@ _TRITON = {
 _UNSIGNED = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
 
 
-@dataclass(frozen=True)
-class Kind:
-    """What the compiled code depends on; moves of one kind share a launch."""
-
-    src: torch.dtype
-    dst: torch.dtype
-    order: str
-    vector: bool
-    bit_copy: bool
-    shift: bool
-    scale: bool
+def kernel_of(kind: Kind) -> triton.runtime.JITFunction:
+    """The kernel that runs a kind of move."""
+    return region_kernel if kind.scheme in ("row", "block", "mx", "nv") else move_kernel
 
 
-@dataclass(frozen=True)
-class Launch:
-    """One kind's tables on the device, ready to run any number of times."""
-
-    kind: Kind
-    descriptors: torch.Tensor
-    tile_table: torch.Tensor
-
-    @property
-    def tiles(self) -> int:
-        """Number of programs."""
-        return self.tile_table.numel()
-
-
-def _row(move: Move, box: Box, scale_pointer: int, index: int) -> list[int]:
-    """A descriptor: pointers, sizes and strides in elements, tile counts, shift, scale, counter.
-
-    Field 10, the first tile, is filled when the launch's rows are known.
-    """
-    dst = move.dst.data_ptr() + box.dst_offset * move.dst.element_size()
-    src = move.src.data_ptr() + box.src_offset * move.src.element_size()
-    _, row_tiles, col_tiles = tile_counts(box)
-    shift = struct.unpack("<i", struct.pack("<f", move.shift))[0]
-    return [
-        dst, src, box.rows.size, box.cols.size, box.outer.dst, box.outer.src,
-        box.rows.dst, box.rows.src, box.cols.dst, box.cols.src,
-        0, row_tiles, col_tiles, shift, scale_pointer, index,
-    ]  # fmt: skip
-
-
-def _kind(move: Move, box: Box, row: list[int]) -> Kind:
-    return Kind(
-        move.src.dtype, move.dst.dtype, box.order, is_vector(box, row[0], row[1]),
-        move.is_bit_copy, move.shift != 0.0, move.quant is not None,
-    )  # fmt: skip
-
-
-def constants(kind: Kind, count: bool, native: bool) -> dict[str, object]:
-    """The kernel's constexpr arguments for one kind."""
-    rows, cols = tile_shape(kind.order)
+def constants(
+    kind: Kind, count: bool, power: bool, native: bool, careful: bool = False
+) -> dict[str, object]:
+    """`kernel_of(kind)`'s constexpr arguments."""
+    rows, cols = kind.tile
     floating = kind.src in (torch.float32, torch.bfloat16, torch.float16)
     unsigned = _UNSIGNED[kind.src.itemsize]
-    largest = LARGEST_SOURCE.get(kind.dst, 0.0)
-    return {
+    known: dict[str, object] = {
         "SRC": _TRITON[kind.src] if floating else unsigned,
         "DST": _TRITON.get(kind.dst, unsigned),
         "DST_BITS": _UNSIGNED[kind.dst.itemsize],
@@ -101,19 +60,33 @@ def constants(kind: Kind, count: bool, native: bool) -> dict[str, object]:
         "VECTOR": kind.vector,
         "BIT_COPY": kind.bit_copy,
         "SHIFT": kind.shift,
-        "SCALE": kind.scale,
+        "SCHEME": kind.scheme,
+        "LOOP": kind.row_tile < 0,
         "COUNT": count and floating,
-        "LARGEST": largest,
-        "LARGEST_BITS": int(np.float32(largest).view(np.int32)),
+        "POWER": power and kind.scheme != "none",
+        "LARGEST_BITS": int(np.float32(LARGEST_SOURCE.get(kind.dst, 0.0)).view(np.int32)),
         "NATIVE": native,
+        "CAREFUL": careful,
         "ROWS": rows,
         "COLS": cols,
     }
+    return {name: known[name] for name in kernel_of(kind).arg_names if name in known}
+
+
+def amax_constants(kind: Kind) -> dict[str, object]:
+    """The first pass's constexpr arguments, for the same tables."""
+    known = constants(kind, False, False, False)
+    known |= {"ORDER": kind.order, "SHIFT": kind.shift}
+    return {name: known[name] for name in amax_kernel.arg_names if name in known}
 
 
 def warps(kind: Kind, count: bool) -> int:
-    """Warps of a program; counting in the large transposed tile would spill with fewer."""
-    return 8 if count and kind.order == "transposed" else 4
+    """Warps of a program: a large tile would spill with fewer."""
+    if kind.scheme == "row":
+        return kind.tile[0] * kind.tile[1] // 1024
+    if kind.scheme == "block" or (count and kind.order == "transposed"):
+        return 8
+    return 4
 
 
 def has_native_e4m3(device: torch.device) -> bool:
@@ -131,63 +104,122 @@ class FusedCopy:
 
     Args:
         moves: any number of moves, all on one device. Destinations must not overlap one another
-            or any source.
+            or any source. Moves that share a scale, or a matrix with scales, are in one batch.
         native_e4m3: force the hardware or the integer route to e4m3; by default what
             `has_native_e4m3` says.
 
     Raises:
-        ValueError: the moves lie on several devices.
+        ValueError: the moves lie on several devices, or a matrix has gaps.
     """
 
     def __init__(self, moves: Sequence[Move], *, native_e4m3: bool | None = None) -> None:
         self.moves = tuple(moves)
         self.device = _one_device(self.moves)
         self._native = has_native_e4m3(self.device) if native_e4m3 is None else native_e4m3
-        self._scales = _scale_values(self.moves, self.device)
-        self.launches = tuple(self._build())
+        gathers, jobs = stage(self.moves)
+        self._kept = gathers, jobs, _scale_values(self.moves, self.device)
+        given = _scale_pointers(self.moves, self._kept[2])
+        self._flags = torch.zeros(len(self.moves), dtype=torch.int32, device=self.device)
+        copies = [Job(0, move) for move in gathers]
+        self._gathers = build(copies, {}, self._flags, self.device)
+        self.launches = build(jobs, given, self._flags, self.device)
+        # What a NaN or an Inf makes a second launch do again.
+        self._with_flags = [x for x in self.launches if x.kind.scheme not in ("none", "given")]
+        self.amaxes = tuple(distinct_amaxes(self.moves))
 
-    def _build(self) -> list[Launch]:
-        rows: dict[Kind, list[list[int]]] = defaultdict(list)
-        tiles: dict[Kind, list[int]] = defaultdict(list)
-        pointers = _scale_pointers(self.moves, self._scales)
-        for index, move in enumerate(self.moves):
-            for box in describe(move.dst, move.src):
-                row = _row(move, box, pointers[index], index)
-                kind = _kind(move, box, row)
-                rows[kind].append(row)
-                outer, row_tiles, col_tiles = tile_counts(box)
-                tiles[kind].append(outer * row_tiles * col_tiles)
-        return [_launch(kind, rows[kind], tiles[kind], self.device) for kind in rows]
-
-    def run(self, *, count: bool = False) -> torch.Tensor | None:
+    def run(
+        self,
+        *,
+        count: bool = False,
+        power: torch.Tensor | None = None,
+        reduce: Callable[[tuple[torch.Tensor, ...]], object] | None = None,
+    ) -> torch.Tensor | None:
         """Launch every kind once, on the current stream.
+
+        Args:
+            count: count what is lost.
+            power: fp64 [len(moves), 2] on the device, added to: Σx² and Σ(x − dequantised)² of
+                each quantised move's finite elements. The sums' last bits are not deterministic.
+            reduce: called between the two passes with every group's amax (fp32 [1] each), to
+                merge them over ranks in place.
 
         Returns:
             With `count`, int64 [len(moves), 2] on the device: per move, the finite source
-            elements that saturated or overflowed, and those that are NaN or Inf.
+            elements that saturated or overflowed, and those that are NaN or Inf. Moves that had
+            to be gathered into one matrix are counted under the first of them.
         """
-        shape = (len(self.moves), 2) if count else (1, 2)
-        counters = torch.zeros(shape, dtype=torch.int64, device=self.device) if count else None
+        counters = self._zeros(torch.int64) if count else None
+        sums = None if power is None else self._zeros(torch.float64)
+        with _on(self.device):
+            self._launch(self._gathers, None, None, False)
+            self._find_amaxes()
+            if reduce is not None and self.amaxes:
+                reduce(self.amaxes)
+            self._launch(self.launches, counters, sums, False)
+            self._launch(self._with_flags, counters, sums, True)
+        if power is not None and sums is not None:
+            power += self._total(sums)
+        return None if counters is None else self._total(counters)
+
+    def _zeros(self, dtype: torch.dtype) -> torch.Tensor:
+        """Counters of both launches, spread over slots."""
+        return torch.zeros((2, len(self.moves), SLOTS, 2), dtype=dtype, device=self.device)
+
+    def _total(self, values: torch.Tensor) -> torch.Tensor:
+        """[moves, 2]: of the second launch where it ran, else of the first."""
+        first, second = values.sum(2)
+        return torch.where(self._flags[:, None] != 0, second, first)
+
+    def _launch(
+        self,
+        launches: Sequence[Launch],
+        counters: torch.Tensor | None,
+        sums: torch.Tensor | None,
+        careful: bool,
+    ) -> None:
+        for launch in launches:
+            # Without counting the pointers are never read: any tensor will do.
+            kind, unused = launch.kind, launch.descriptors
+            count, power = counters is not None, sums is not None
+            fixed = constants(kind, count, power, self._native, careful)
+            kernel_of(kind)[(len(launch.descriptors) if careful else launch.tiles,)](
+                launch.descriptors, launch.tile_table,
+                unused if counters is None else counters[int(careful)],
+                unused if sums is None else sums[int(careful)],
+                **fixed, num_warps=warps(kind, count), enable_fp_fusion=False,
+            )  # fmt: skip
+
+    def _find_amaxes(self) -> None:
+        if self._with_flags:
+            torch._foreach_zero_([*self.amaxes, self._flags])
         for launch in self.launches:
-            # Without counting the pointer is never read: any tensor of its type will do.
-            counter = launch.descriptors if counters is None else counters
-            fixed = constants(launch.kind, count, self._native)
-            with _on(self.device):
-                move_kernel[(launch.tiles,)](
-                    launch.descriptors, launch.tile_table, counter, **fixed,
-                    num_warps=warps(launch.kind, count), enable_fp_fusion=False,
+            if launch.kind.scheme in TWO_PASSES:
+                amax_kernel[(launch.tiles,)](
+                    launch.descriptors, launch.tile_table, **amax_constants(launch.kind),
+                    num_warps=4,
                 )  # fmt: skip
-        return counters
 
 
-def fused_copy(moves: Sequence[Move], *, count: bool = False) -> torch.Tensor | None:
+def fused_copy(
+    moves: Sequence[Move],
+    *,
+    count: bool = False,
+    power: torch.Tensor | None = None,
+    reduce: Callable[[tuple[torch.Tensor, ...]], object] | None = None,
+) -> torch.Tensor | None:
     """Run `moves` on their GPU (or in Triton's interpreter), one launch per kind.
 
     Twin of `reference.fused_copy_ref`: same arguments, same bits, same counters.
     """
     if not moves:
         return torch.zeros(0, 2, dtype=torch.int64) if count else None
-    return FusedCopy(moves).run(count=count)
+    return FusedCopy(moves).run(count=count, power=power, reduce=reduce)
+
+
+def distinct_amaxes(moves: Sequence[Move]) -> list[torch.Tensor]:
+    """The groups' amaxes, each once, in the order of the moves."""
+    found = (m.quant.amax for m in moves if isinstance(m.quant, (TensorScale, NvScale)))
+    return list({amax.data_ptr(): amax for amax in found}.values())
 
 
 def _one_device(moves: Sequence[Move]) -> torch.device:
@@ -200,34 +232,19 @@ def _one_device(moves: Sequence[Move]) -> torch.device:
 
 def _scale_values(moves: Sequence[Move], device: torch.device) -> torch.Tensor:
     """fp32 [len(moves)]: scales given as floats, in one upload; 1.0 where there is none."""
-    given = (move.quant.quant_scale if move.quant else 1.0 for move in moves)
+    given = (m.quant.quant_scale if isinstance(m.quant, GivenScale) else 1.0 for m in moves)
     values = [1.0 if isinstance(value, torch.Tensor) else value for value in given]
     return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 
-def _scale_pointers(moves: Sequence[Move], values: torch.Tensor) -> list[int]:
-    """Where the kernel finds each move's scale: the caller's tensor, or the uploaded value."""
-    base = values.data_ptr()
-    pointers = []
+def _scale_pointers(moves: Sequence[Move], values: torch.Tensor) -> dict[int, int]:
+    """Where the kernel finds each given scale: the caller's tensor, or the uploaded value."""
+    pointers = {}
     for index, move in enumerate(moves):
-        scale = move.quant.quant_scale if move.quant else None
-        own = isinstance(scale, torch.Tensor)
-        pointers.append(scale.data_ptr() if own else base + 4 * index)  # type: ignore[union-attr]
+        if isinstance(move.quant, GivenScale):
+            scale, own = move.quant.quant_scale, values.data_ptr() + 4 * index
+            pointers[index] = scale.data_ptr() if isinstance(scale, torch.Tensor) else own
     return pointers
-
-
-def _launch(kind: Kind, rows: list[list[int]], tiles: list[int], device: torch.device) -> Launch:
-    table = np.array(rows, dtype=np.int64)
-    counts = np.array(tiles, dtype=np.int64)
-    table[:, 10] = np.cumsum(counts) - counts
-    descriptors = torch.from_numpy(table).to(device)
-    # The tile table is the larger one, so it is expanded where it is used.
-    tile_table = torch.repeat_interleave(
-        torch.arange(len(rows), dtype=torch.int32, device=device),
-        torch.from_numpy(counts).to(device),
-        output_size=int(counts.sum()),
-    )
-    return Launch(kind, descriptors, tile_table)
 
 
 def _on(device: torch.device) -> torch.cuda.device:

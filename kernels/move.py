@@ -9,11 +9,14 @@ those out as (outer, rows, columns) boxes that the kernel walks in tiles.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from .quant import GivenScale, NvScale, Regional, Scheme
+
+__all__ = ["CASTS", "FLOATS", "Box", "Dim", "GivenScale", "Move", "coalesce", "describe"]
 
 TILE_ROWS, TILE_COLS = 8, 512
 TRANSPOSE_TILE = 128, 64
@@ -29,23 +32,13 @@ CASTS = (*FLOATS, torch.float8_e4m3fn)
 
 
 @dataclass(frozen=True)
-class GivenScale:
-    """Quantise with a scale that is known beforehand: `dst = saturate(src * quant_scale)`.
-
-    `quant_scale` is a Python float, or an fp32 tensor of one element on the device of the move
-    (read by the kernel, so that no value has to come to the host).
-    """
-
-    quant_scale: float | torch.Tensor
-
-
-@dataclass(frozen=True)
 class Move:
     """`dst = downcast((src + shift) * quant_scale)`, element by element.
 
     `dst` and `src` are views of one shape with any strides; `src` may repeat elements by stride
     0. Equal dtypes without shift and quant are copied bit for bit; otherwise both must be floats:
     fp32, bf16 or fp16 in; fp32, bf16, fp16 or e4m3 out. The arithmetic is fp32 with one rounding.
+    A `quant` says how the elements are scaled and what `dst` holds: see `quant`.
 
     Raises:
         ValueError: the shapes differ, or the dtypes have no conversion.
@@ -54,23 +47,37 @@ class Move:
     dst: torch.Tensor
     src: torch.Tensor
     shift: float = 0.0
-    quant: GivenScale | None = None
+    quant: Scheme | None = None
 
     def __post_init__(self) -> None:
-        if self.dst.shape != self.src.shape:
+        expected = list(self.src.shape)
+        if isinstance(self.quant, NvScale) and expected:
+            expected[-1] //= 2
+        if list(self.dst.shape) != expected:
             raise ValueError(
-                f"a move needs views of one shape: dst {tuple(self.dst.shape)}, "
-                f"src {tuple(self.src.shape)}"
+                f"a move needs views of one shape (two codes a byte count as two): "
+                f"dst {tuple(self.dst.shape)}, src {tuple(self.src.shape)}"
             )
-        if not self.is_bit_copy and (self.src.dtype not in FLOATS or self.dst.dtype not in CASTS):
+        if self.quant is not None:
+            _check_quant(self.dst, self.src, self.quant)
+        elif not self.is_bit_copy and (self.src.dtype not in FLOATS or self.dst.dtype not in CASTS):
             raise ValueError(f"no conversion from {self.src.dtype} to {self.dst.dtype}")
-        if self.quant is not None and self.dst.dtype is not torch.float8_e4m3fn:
-            raise ValueError(f"a quantised move fills float8_e4m3fn, not {self.dst.dtype}")
 
     @property
     def is_bit_copy(self) -> bool:
         """True if no value changes: the bits go over as they are."""
         return self.src.dtype == self.dst.dtype and self.shift == 0.0 and self.quant is None
+
+
+def _check_quant(dst: torch.Tensor, src: torch.Tensor, quant: Scheme) -> None:
+    scheme = type(quant).__name__
+    if dst.dtype is not quant.codes or src.dtype not in FLOATS:
+        raise ValueError(f"{scheme} makes {quant.codes} of a float, not {dst.dtype} of {src.dtype}")
+    if isinstance(quant, Regional) and (not dst.is_contiguous() or src.numel() % quant.columns):
+        raise ValueError(
+            f"{scheme} fills whole rows of {quant.columns} elements one after the other, found "
+            f"{src.numel()} elements with strides {dst.stride()}"
+        )
 
 
 @dataclass(frozen=True)
@@ -106,13 +113,14 @@ def coalesce(dst: torch.Tensor, src: torch.Tensor) -> list[Dim]:
 
     Empty tensors give an empty list; a scalar gives one dimension of size 1.
     """
-    if dst.numel() == 0:
+    return merge(dst.shape, dst.stride(), src.stride())
+
+
+def merge(shape: Sequence[int], dst: Sequence[int], src: Sequence[int]) -> list[Dim]:
+    """`coalesce` for a shape and two sets of strides, in elements."""
+    if 0 in shape:
         return []
-    dims = [
-        Dim(n, d, s)
-        for n, d, s in zip(dst.shape, dst.stride(), src.stride(), strict=True)
-        if n != 1
-    ]
+    dims = [Dim(n, d, s) for n, d, s in zip(shape, dst, src, strict=True) if n != 1]
     dims.sort(key=lambda dim: (dim.dst, dim.src), reverse=True)
     merged: list[Dim] = []
     for dim in dims:
@@ -135,9 +143,9 @@ def describe(dst: torch.Tensor, src: torch.Tensor) -> Iterator[Box]:
     unit = next((i for i, dim in enumerate(dims[:-1]) if dim.src == 1), None)
     if dims[-1].dst == 1 and unit is not None:
         dims.insert(-1, dims.pop(unit))
-        yield from _unroll(dims, 0, "transposed")
+        yield from unroll(dims, 0, "transposed")
     else:
-        yield from _unroll(dims, 0, "strided")
+        yield from unroll(dims, 0, "strided")
 
 
 def _straight(dims: list[Dim]) -> Iterator[Box]:
@@ -145,16 +153,16 @@ def _straight(dims: list[Dim]) -> Iterator[Box]:
     run = dims[-1].size
     foldable = run >= FOLD if run % TILE_COLS == 0 else len(dims) == 1 and run > TILE_COLS
     if not foldable:
-        yield from _unroll(dims, 0, "straight")
+        yield from unroll(dims, 0, "straight")
         return
     rows, rest = divmod(run, TILE_COLS)
     folded = [Dim(rows, TILE_COLS, TILE_COLS), Dim(TILE_COLS, 1, 1)]
-    yield from _unroll([*dims[:-1], *folded], 0, "straight")
+    yield from unroll([*dims[:-1], *folded], 0, "straight")
     if rest:
-        yield from _unroll([Dim(rest, 1, 1)], rows * TILE_COLS, "straight")
+        yield from unroll([Dim(rest, 1, 1)], rows * TILE_COLS, "straight")
 
 
-def _unroll(dims: list[Dim], start: int, order: str) -> Iterator[Box]:
+def unroll(dims: list[Dim], start: int, order: str) -> Iterator[Box]:
     """Boxes of three dimensions; of more dimensions than that, the smallest are unrolled."""
     *outers, rows, cols = [ONE] * max(0, 3 - len(dims)) + dims
     *far, outer = sorted(outers, key=lambda dim: dim.size)
@@ -169,12 +177,6 @@ def tile_shape(order: str) -> tuple[int, int]:
     if order == "transposed":
         return TRANSPOSE_TILE
     return TILE_ROWS, TILE_COLS
-
-
-def tile_counts(box: Box) -> tuple[int, int, int]:
-    """Number of tiles along (outer, rows, columns)."""
-    rows, cols = tile_shape(box.order)
-    return box.outer.size, math.ceil(box.rows.size / rows), math.ceil(box.cols.size / cols)
 
 
 def is_vector(box: Box, dst_pointer: int, src_pointer: int) -> bool:

@@ -9,58 +9,71 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .numerics import downcast, magnitude_bits, upcast
-
-FIELDS = tl.constexpr(16)
-
-
-@triton.jit
-def _count(value, x, mask, counter, LARGEST: tl.constexpr, LARGEST_BITS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Add a tile's saturated and non-finite elements to its move's counters.
-
-    One maximum over the magnitudes' bits (where NaN is above Inf, and Inf above all) says whether
-    there is anything to count; as a rule there is not.
-    """
-    peak = tl.max(magnitude_bits(upcast(x)))
-    if peak > LARGEST_BITS:
-        finite = magnitude_bits(upcast(value)) < 0x7F800000
-        beyond = (tl.abs(upcast(x)) > LARGEST) & finite & mask
-        tl.atomic_add(counter, tl.sum(beyond.to(tl.int32)).to(tl.int64))
-        strange = mask & (finite == 0)
-        tl.atomic_add(counter + 1, tl.sum(strange.to(tl.int32)).to(tl.int64))
+from .descriptor import FIELDS, find_tile, place, pointer
+from .numerics import (
+    dequant_of,
+    downcast,
+    magnitude_bits,
+    quotient,
+    rounded,
+    upcast,
+)
+from .tally import count, measure_power, slot
 
 
 @triton.jit
-def move_kernel(  # type: ignore[no-untyped-def]
-    descriptors,
-    tile_table,
-    counters,
-    SRC: tl.constexpr,
-    DST: tl.constexpr,
-    DST_BITS: tl.constexpr,
-    ORDER: tl.constexpr,
-    VECTOR: tl.constexpr,
-    BIT_COPY: tl.constexpr,
-    SHIFT: tl.constexpr,
-    SCALE: tl.constexpr,
-    COUNT: tl.constexpr,
-    LARGEST: tl.constexpr,
+def _shifted(value, d, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """fp32 of a source, with the move's shift."""
+    x = upcast(value)
+    return x + tl.load(d + 13).to(tl.int32).to(tl.float32, bitcast=True) if SHIFT else x
+
+
+@triton.jit
+def _scaled(x, d, local, SCHEME: tl.constexpr, CAREFUL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """(x as it is rounded, what that is multiplied by to give x again)."""
+    back = 1.0
+    if SCHEME == "given":
+        scale = tl.load(pointer(d, 14, tl.float32))
+        back = tl.div_rn(scale * 0 + 1.0, scale)
+        x = x * scale
+    if SCHEME == "tensor":
+        amax = tl.load(pointer(d, 16, tl.int32))
+        back = dequant_of(amax, 448.0)
+        if local == 0:
+            tl.store(pointer(d, 14, tl.float32), back)
+        x = quotient(x, back, amax, CAREFUL)
+    return x, back
+
+
+@triton.jit
+def _count_lost(  # type: ignore[no-untyped-def]
+    scaled, source, mask, d, local, at, SHIFT: tl.constexpr, SCHEME: tl.constexpr,
     LARGEST_BITS: tl.constexpr,
-    NATIVE: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    """One tile of one descriptor: load, convert, store. See `_row` for the descriptor's fields."""
-    tile = tl.program_id(0).to(tl.int64)
-    d = descriptors + tl.load(tile_table + tile).to(tl.int64) * FIELDS
+):  # fmt: skip
+    """As a rule there is nothing to count, and one maximum says so (NaN is above Inf).
+
+    Else the tile is read again: its registers were not kept for that.
+    """
+    if tl.max(magnitude_bits(upcast(scaled))) > LARGEST_BITS:
+        x = _shifted(tl.load(source, mask, other=0), d, SHIFT)
+        beyond, _ = _scaled(x, d, local, SCHEME, True)
+        count(x, beyond, mask, at, LARGEST_BITS)
+
+
+@triton.jit
+def _move(  # type: ignore[no-untyped-def]
+    d, local, counters, power, SRC: tl.constexpr, DST: tl.constexpr, DST_BITS: tl.constexpr,
+    ORDER: tl.constexpr, VECTOR: tl.constexpr, BIT_COPY: tl.constexpr, SHIFT: tl.constexpr,
+    SCHEME: tl.constexpr, COUNT: tl.constexpr, POWER: tl.constexpr, LARGEST_BITS: tl.constexpr,
+    NATIVE: tl.constexpr, CAREFUL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """One tile of one descriptor: load, convert, store."""
     dst = tl.load(d).to(tl.pointer_type(DST_BITS))
     src = tl.load(d + 1).to(tl.pointer_type(SRC))
     rows, cols = tl.load(d + 2), tl.load(d + 3)
     dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
     dst_row, src_row = tl.load(d + 6), tl.load(d + 7)
     dst_col, src_col = tl.load(d + 8), tl.load(d + 9)
-    local = tile - tl.load(d + 10)
-    row_tiles, col_tiles = tl.load(d + 11), tl.load(d + 12)
     # What `is_vector` has checked, told to the compiler: it then makes 16-byte accesses. (A hint
     # inside a helper function would be lost when the helper is inlined.)
     if VECTOR:
@@ -80,9 +93,7 @@ def move_kernel(  # type: ignore[no-untyped-def]
     if ORDER == "transposed":
         src_row = 1
 
-    outer = local // (row_tiles * col_tiles)
-    row0 = (local // col_tiles) % row_tiles * ROWS
-    col0 = local % col_tiles * COLS
+    outer, row0, col0 = place(d, local, ROWS, COLS)
     r = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, COLS)[None, :]
     mask = (r < rows - row0) & (c < cols - col0)
@@ -92,15 +103,37 @@ def move_kernel(  # type: ignore[no-untyped-def]
     src_tile = src_at + r.to(tl.int64) * src_row + c.to(tl.int64) * src_col
 
     value = tl.load(src_tile, mask, other=0)
-    x = value
-    if not BIT_COPY:
-        x = upcast(value)
-        if SHIFT:
-            x = x + tl.load(d + 13).to(tl.int32).to(tl.float32, bitcast=True)
-        if SCALE:
-            x = x * tl.load(tl.load(d + 14).to(tl.pointer_type(tl.float32)))
-        tl.store(dst_tile, downcast(x, DST, NATIVE), mask)
-    else:
+    at = slot(counters, tl.load(d + 15))
+    if BIT_COPY:
+        scaled = value
         tl.store(dst_tile, value.to(DST_BITS, bitcast=True), mask)
-    if COUNT:
-        _count(value, x, mask, counters + 2 * tl.load(d + 15), LARGEST, LARGEST_BITS)
+    else:
+        x = _shifted(value, d, SHIFT)
+        scaled, back = _scaled(x, d, local, SCHEME, CAREFUL)
+        tl.store(dst_tile, downcast(scaled, DST, NATIVE), mask)
+        if POWER:
+            measure_power(x, rounded(scaled) * back, mask, slot(power, tl.load(d + 15)))
+    # A scale that was computed saturates nothing finite: only a careful launch has to count.
+    if COUNT and (SCHEME != "tensor" or CAREFUL):
+        _count_lost(scaled, src_tile, mask, d, local, at, SHIFT, SCHEME, LARGEST_BITS)
+
+
+@triton.jit
+def move_kernel(  # type: ignore[no-untyped-def]
+    descriptors, tile_table, counters, power, SRC: tl.constexpr, DST: tl.constexpr,
+    DST_BITS: tl.constexpr, ORDER: tl.constexpr, VECTOR: tl.constexpr, BIT_COPY: tl.constexpr,
+    SHIFT: tl.constexpr, SCHEME: tl.constexpr, COUNT: tl.constexpr, POWER: tl.constexpr,
+    LARGEST_BITS: tl.constexpr, NATIVE: tl.constexpr, CAREFUL: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):  # fmt: skip
+    """One tile; or, CAREFUL, all tiles of one descriptor if its flag is set."""
+    if CAREFUL:
+        d = descriptors + tl.program_id(0).to(tl.int64) * FIELDS
+        if tl.load(pointer(d, 19, tl.int32)) != 0:
+            for local in range(0, tl.load(d + 20)):
+                _move(d, local, counters, power, SRC, DST, DST_BITS, ORDER, VECTOR, BIT_COPY, SHIFT,
+                      SCHEME, COUNT, POWER, LARGEST_BITS, NATIVE, True, ROWS, COLS)  # fmt: skip
+    else:
+        d, local = find_tile(descriptors, tile_table)
+        _move(d, local, counters, power, SRC, DST, DST_BITS, ORDER, VECTOR, BIT_COPY,
+              SHIFT, SCHEME, COUNT, POWER, LARGEST_BITS, NATIVE, False, ROWS, COLS)  # fmt: skip

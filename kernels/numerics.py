@@ -13,16 +13,23 @@ integer route: three operations, and the same on every machine.
 
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import torch
 import triton
 import triton.language as tl
 
-E4M3_MAX = tl.constexpr(448.0)
+# Triton's interpreter runs the kernels on a CPU, and must be chosen before they are imported.
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+REBIAS_E4M3 = tl.constexpr(2.0**120)
+REBIAS_E2M1 = tl.constexpr(2.0**126)
 
 # Largest fp32 magnitude that does not overflow (or saturate) in the format.
 LARGEST_SOURCE: dict[torch.dtype, float] = {
-    torch.float8_e4m3fn: 448.0,
+    # Halfway to the next magnitude that e4m3's spacing would give, which rounds to 448.
+    torch.float8_e4m3fn: 464.0,
     torch.float16: float(np.nextafter(np.float32(65520.0), np.float32(0.0))),
     torch.bfloat16: float(np.array(0x7F7F7FFF, np.uint32).view(np.float32)),
     torch.float32: float(np.finfo(np.float32).max),
@@ -47,11 +54,49 @@ def magnitude_bits(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def source_magnitudes(value):  # type: ignore[no-untyped-def]
+    """int32 that order as a source's magnitudes do, NaN above Inf; see `peak_bits`.
+
+    16-bit sources stay apart from their fp32 values, which then need no registers while a tile
+    waits for its peak.
+    """
+    if value.dtype == tl.float32:
+        magnitudes = magnitude_bits(value)
+    else:
+        magnitudes = (value.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
+    return magnitudes
+
+
+@triton.jit
+def peak_bits(magnitudes, SRC: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The fp32 bits of `source_magnitudes` (a few of them: their maxima)."""
+    if SRC == tl.bfloat16:
+        bits = magnitudes << 16
+    elif SRC == tl.float16:
+        half = magnitudes.to(tl.uint16).to(tl.float16, bitcast=True)
+        bits = half.to(tl.float32).to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    else:
+        bits = magnitudes
+    return bits
+
+
+@triton.jit
+def quotient(x, scale, amax_bits, CAREFUL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """X / scale, each element by its own or by one; Inf needs CAREFUL."""
+    if CAREFUL:
+        result = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
+    else:
+        factor, by, inverse = division_by(scale, amax_bits)
+        result = divide(x, factor, by, inverse)
+    return result
+
+
+@triton.jit
 def to_e4m3_bits(x, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
     """e4m3 bits (uint8) of an fp32 tensor: saturating, nearest even, NaN → 0x7F."""
     if NATIVE:
-        clamped = tl.minimum(tl.maximum(x, -E4M3_MAX), E4M3_MAX)
-        bits = clamped.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+        # The instruction saturates (Inf too) and makes every NaN 0x7F by itself.
+        bits = x.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
     else:
         raw = x.to(tl.uint32, bitcast=True)
         sign = (raw >> 24) & 0x80
@@ -63,8 +108,8 @@ def to_e4m3_bits(x, NATIVE: tl.constexpr):  # type: ignore[no-untyped-def]
         code = tl.where(mag < 0x3C800000, shifted - 0x46800000, normal)
         # 0x43E00000 is 448: at or above it everything is 0x7E.
         code = tl.where(mag >= 0x43E00000, 0x7E, code)
-        bits = (code | sign).to(tl.uint8)
-    return tl.where(x != x, 0x7F, bits).to(tl.uint8)
+        bits = tl.where(x != x, 0x7F, code | sign).to(tl.uint8)
+    return bits
 
 
 @triton.jit
@@ -100,3 +145,111 @@ def downcast(x, DST: tl.constexpr, NATIVE: tl.constexpr):  # type: ignore[no-unt
     else:
         bits = to_fp32_bits(x)
     return bits
+
+
+@triton.jit
+def finite_magnitude(x):  # type: ignore[no-untyped-def]
+    """`magnitude_bits`, with 0 for NaN and Inf: what an amax is taken over."""
+    bits = magnitude_bits(x)
+    return tl.where(bits < 0x7F800000, bits, 0)
+
+
+@triton.jit
+def dequant_of(amax_bits, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Amax / LARGEST in fp32, at least 2^-126; 1.0 where the amax is 0."""
+    amax = amax_bits.to(tl.float32, bitcast=True)
+    scale = tl.maximum(tl.div_rn(amax, tl.zeros_like(amax) + LARGEST), SMALLEST_NORMAL)
+    return tl.where(amax_bits == 0, 1.0, scale)
+
+
+@triton.jit
+def e8m0_of(amax_bits):  # type: ignore[no-untyped-def]
+    """OCP MX: the exponent of the amax, rounded down, less e4m3's largest (8); 2^0 for amax 0."""
+    code = tl.maximum((amax_bits >> 23) - 8, 0)
+    return tl.where(amax_bits == 0, 127, code)
+
+
+@triton.jit
+def inverse_of_e8m0(code):  # type: ignore[no-untyped-def]
+    """2^(127 - code) as fp32, exact: `e8m0_of` gives no more than 246."""
+    return ((254 - code) << 23).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def from_e4m3_bits(bits):  # type: ignore[no-untyped-def]
+    """fp32 of e4m3 bits other than NaN: exponent and mantissa moved, then rebiased by 2^120."""
+    wide = bits.to(tl.uint32)
+    mag = ((wide & 0x7F) << 20).to(tl.float32, bitcast=True) * REBIAS_E4M3
+    return tl.where(wide >= 0x80, -mag, mag)
+
+
+@triton.jit
+def rounded(x):  # type: ignore[no-untyped-def]
+    """X as e4m3 holds it, in fp32; by the integer route.
+
+    Decoding the hardware's conversion in the same kernel gave wrong values with Triton 3.6, while
+    the codes that it stored were right.
+    """
+    return from_e4m3_bits(to_e4m3_bits(x, False))
+
+
+@triton.jit
+def from_e2m1_bits(bits):  # type: ignore[no-untyped-def]
+    """fp32 of an e2m1 code (0 to 15)."""
+    wide = bits.to(tl.uint32)
+    mag = ((wide & 7) << 22).to(tl.float32, bitcast=True) * REBIAS_E2M1
+    return tl.where(wide >= 8, -mag, mag)
+
+
+@triton.jit
+def to_e2m1_bits(x, q):  # type: ignore[no-untyped-def]
+    """e2m1 code (0 to 15, as uint32) of |q| with x's sign: saturating at 6, nearest even.
+
+    Adding 2^22 · 2^e leaves a ulp of half of 2^e, the spacing of the format from 2^e on (below
+    1 it is that of e = 0), so the FPU rounds for us: into the sum's last bits.
+    """
+    if INTERPRETED:
+        bounded = tl.where(tl.abs(q) <= 6.0, tl.abs(q), 6.0)
+    else:
+        # The hardware's minimum of NaN and 6 is 6.
+        bounded = tl.minimum(tl.abs(q), 6.0)
+    binade = (bounded.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    binade = tl.maximum(binade, 1.0)
+    steps = (binade * 4194304.0 + bounded).to(tl.uint32, bitcast=True)
+    exponent = binade.to(tl.uint32, bitcast=True) >> 22
+    # 2 · 127 of the exponent's bias is 6 modulo 8.
+    return ((steps + exponent + 2) & 7) | ((x.to(tl.uint32, bitcast=True) >> 28) & 8)
+
+
+@triton.jit
+def division_by(scale, peak_bits):  # type: ignore[no-untyped-def]
+    """What `divide` needs, once for each scale: (-factor, scale · factor, -1 / (scale · factor)).
+
+    The factor is a power of two that brings a tiny or a huge scale, and what it divides, to where
+    nothing underflows; almost always 1.
+    """
+    factor = tl.where(peak_bits < 0x21800000, 7.378697629483821e19, 1.0)
+    factor = tl.where(peak_bits > 0x71800000, 5.421010862427522e-20, factor)
+    by = scale * factor
+    return -1.0 * factor, by, tl.div_rn(tl.zeros_like(by) - 1.0, by)
+
+
+@triton.jit
+def divide(x, negative_factor, by, negative_inverse):  # type: ignore[no-untyped-def]
+    """X / scale for finite x, correctly rounded: two Newton corrections by fma.
+
+    After the first one the quotient is faithful, so its remainder is exact and the second one
+    gives the nearest (Markstein, IBM J. Res. Dev. 34-1, 1990). The signs are chosen so that -0
+    stays -0. Exact for every quotient above 2^-20; what is smaller is right to eight bits, more
+    than any format here has. NaN stays NaN; Inf becomes NaN. A general division takes five times
+    as many instructions.
+    """
+    negative = x * negative_factor
+    if INTERPRETED:
+        # The interpreter rounds twice in an fma.
+        quotient = tl.div_rn(negative, tl.zeros_like(x) - by)
+    else:
+        quotient = negative * negative_inverse
+        quotient = tl.fma(tl.fma(quotient, by, negative), negative_inverse, quotient)
+        quotient = tl.fma(tl.fma(quotient, by, negative), negative_inverse, quotient)
+    return quotient

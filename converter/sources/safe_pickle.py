@@ -12,6 +12,7 @@ from __future__ import annotations
 import collections
 import io
 import pickle
+import pickletools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -44,6 +45,8 @@ _INERT_PATHS = frozenset(
     + [f"torch.{kind}Storage" for kind in (
         "Float", "Double", "Half", "BFloat16", "Long", "Int", "Short", "Char", "Byte", "Bool",
     )]
+    # A storage as plain pickle keeps it: the bytes of a torch.save file, which stay bytes here.
+    + ["torch.storage._load_from_bytes"]
     + ["torch.storage.UntypedStorage", "torch.serialization._get_layout", "torch.device"]
     # Values found among training arguments and random number generator states.
     + ["argparse.Namespace", "types.SimpleNamespace", "signal.Signals", "_codecs.encode",
@@ -51,6 +54,8 @@ _INERT_PATHS = frozenset(
        "numpy._core.multiarray._reconstruct", "pathlib.PosixPath", "pathlib.PurePosixPath",
        "pathlib._local.PosixPath"]
 )  # fmt: skip
+# The operations that number an object, for another operation to refer to.
+_NUMBERING = frozenset(["PUT", "BINPUT", "LONG_BINPUT"])
 _INERT_PREFIXES = ("megatron.", "transformer_engine.", "transformer_engine_torch.")
 
 _VALUES: dict[str, Any] = {
@@ -168,6 +173,36 @@ def load_pickle(data: bytes, where: str, limit: int = MAX_PICKLE_BYTES) -> Any:
     # A damaged pickle can raise nearly anything; all of it means the same to the caller.
     except Exception as error:
         raise CorruptSourceError(f"{where}: not a readable pickle ({error!r})") from error
+
+
+def load_small_pickles(data: bytes, count: int, where: str) -> tuple[list[Any], int]:
+    """`count` pickles one after the other, and the position after them.
+
+    Each operation is looked at before it is run, so this is for pickles of few operations: one
+    that numbers more objects than it has bytes would make the unpickler fill all memory.
+    Raises as `load_pickle` does.
+    """
+    values, start = [], 0
+    for _ in range(count):
+        stop = _end(data[start:], where) + start
+        values.append(load_pickle(data[start:stop], where))
+        start = stop
+    return values, start
+
+
+def _end(data: bytes, where: str) -> int:
+    """Where the first pickle ends; CorruptSourceError if it never does, or numbers too much."""
+    try:
+        for opcode, argument, position in pickletools.genops(data):
+            if opcode.name in _NUMBERING and int(argument or 0) > len(data):
+                raise ValueError(f"object number {argument}")
+            if opcode.name == "STOP":
+                assert position is not None
+                return position + 1
+    # As above: damage can raise nearly anything.
+    except Exception as error:
+        raise CorruptSourceError(f"{where}: not a readable pickle ({error!r})") from error
+    raise CorruptSourceError(f"{where}: not a readable pickle (it has no end)")
 
 
 def pickled_tensor(value: object, where: str) -> PickledTensor:

@@ -21,7 +21,7 @@ _LOCAL_HEADER = struct.Struct("<4s22xHH")
 _PAYLOAD_NAME = re.compile(r"(?:^|/)data/[^/]+$")
 _MAX_DESCRIPTION_BYTES = 1 << 16
 # What zipfile lets through for a damaged archive, text and number errors among it.
-_ZIP_FAULTS = (
+ZIP_FAULTS = (
     zipfile.BadZipFile,
     OSError,
     EOFError,
@@ -112,7 +112,7 @@ def read_saved_object(file: Window | IO[bytes], where: str) -> object:
     try:
         with zipfile.ZipFile(cast("IO[bytes]", file)) as archive:
             return load_pickle(read_record(archive, "data.pkl", MAX_PICKLE_BYTES, where), where)
-    except _ZIP_FAULTS as error:
+    except ZIP_FAULTS as error:
         raise CorruptSourceError(f"{where}: not a readable torch.save file ({error})") from error
 
 
@@ -125,7 +125,7 @@ def _open(window: Window, where: str) -> zipfile.ZipFile:
         )
     try:
         return zipfile.ZipFile(cast("IO[bytes]", window))
-    except _ZIP_FAULTS as error:
+    except ZIP_FAULTS as error:
         raise CorruptSourceError(f"{where}: the zip directory is damaged ({error})") from error
 
 
@@ -152,7 +152,7 @@ def read_record(archive: zipfile.ZipFile, name: str, limit: int, where: str) -> 
         raise CorruptSourceError(f"{where}: record {name!r} is {found[0].file_size} bytes long")
     try:
         return archive.read(found[0])
-    except _ZIP_FAULTS as error:
+    except ZIP_FAULTS as error:
         raise CorruptSourceError(f"{where}: record {name!r} is damaged ({error})") from error
 
 

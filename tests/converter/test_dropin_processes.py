@@ -26,16 +26,20 @@ ODD = {name: replace(BY_NAME[name], vocab=101, padded_vocab=104) for name in ("l
 
 
 def convert_in_processes(
-    state: dict[str, torch.Tensor], case: Case, tp: int, pp: int, out: Path
+    state: dict[str, torch.Tensor], case: Case, tp: int, pp: int, out: Path, chunks: int = 0
 ) -> None:
     """Split the whole model as Megatron would (rows of linear_qkv evenly), and run torchrun."""
     for rank in range(tp * pp):
-        stage = stage_of(state, case, pp, rank // tp)
-        torch.save(shard_of(stage, case, tp, rank % tp), out / f"shard{rank}.pt")
+        # Chunks go round the ranks: chunk c of rank r is stage c · pp + r of a longer pipeline.
+        held = [stage_of(state, case, pp * chunks, c * pp + rank // tp) for c in range(chunks)]
+        held = held or [stage_of(state, case, pp, rank // tp)]
+        shards = [shard_of(one, case, tp, rank % tp) for one in held]
+        torch.save(shards if chunks else shards[0], out / f"shard{rank}.pt")
     facts = vars(megatron_args(case, 1, 1))
     plain = {k: v for k, v in facts.items() if isinstance(v, int | str | float | None)}
     # A TransformerConfig has these two where Megatron-LM's arguments have others.
     plain |= {"gated_linear_unit": case.gated, "num_query_groups": case.query_groups}
+    plain |= {"moe_layer_freq": facts["moe_layer_freq"]}
     torch.save(plain, out / "config.pt")
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(tp * pp), str(WORKER), str(out), str(tp), str(pp)]
@@ -65,5 +69,22 @@ def test_shards_with_an_odd_vocabulary_and_few_kv_heads(
     run = run_workers(case, 1, 1, tmp_path / "megatron")
     state = {k: v for k, v in run.state().items() if isinstance(v, torch.Tensor)}
     convert_in_processes(state, case, tp, pp, tmp_path)
+    logits = runtime_logits(tmp_path, some_tokens(case))
+    assert float((logits - run.logits).norm() / run.logits.norm()) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "tp", "pp", "chunks"),
+    [("llama", 4, 1, 2, 2), ("gpt", 8, 2, 2, 2), ("mixtral", 6, 1, 3, 2)],
+)
+def test_virtual_chunks(
+    name: str, layers: int, tp: int, pp: int, chunks: int, tmp_path: Path
+) -> None:
+    """Layers that Megatron deals out in turn end up in consecutive stages."""
+    moe = (0, 1) * (layers // 2) if BY_NAME[name].experts else None
+    case = replace(BY_NAME[name], layers=layers, moe_layers=moe)
+    run = run_workers(case, 1, 1, tmp_path / "megatron")
+    state = {k: v for k, v in run.state().items() if isinstance(v, torch.Tensor)}
+    convert_in_processes(state, case, tp, pp, tmp_path, chunks)
     logits = runtime_logits(tmp_path, some_tokens(case))
     assert float((logits - run.logits).norm() / run.logits.norm()) < 1e-5

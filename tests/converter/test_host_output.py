@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fuseport.converter import host_output
 from fuseport.converter.backend import preparer
 from fuseport.converter.host_output import (
     ALIGNMENT,
@@ -179,3 +181,27 @@ def test_an_empty_plan_and_empty_tensors() -> None:
     assert places_of(plan) == ([0, 0], ALIGNMENT)
     empty, ones = HostOutput(plan, prepare, CPU, Block()).run()
     assert (empty.shape, ones.tolist()) == ((0, 3), [1.0, 1.0])
+
+
+@pytest.mark.parametrize("refused", [False, True])
+def test_populated_memory_gives_the_same_results(
+    refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def madvise(address: int, size: int, advice: int) -> int:
+        asked.append((address, size, advice))
+        return -1 if refused else real(address, size, advice)
+
+    real = host_output._madvise
+    monkeypatch.setattr(host_output, "_madvise", madvise)
+    monkeypatch.setattr(host_output, "POPULATED", MiB)
+    block, source = Block(), torch.randn(1000, 1000)
+    (found,) = HostOutput(a_plan(source), preparer("torch", CPU), CPU, block).run()
+    first, size = block.memory.data_ptr(), block.memory.numel()
+    assert block._populating is not None
+    block._populating.shutdown(wait=True)
+    assert torch.equal(found, source)
+    assert {advice for _, _, advice in asked} == {23}
+    assert sorted(start - first for start, _, _ in asked) == list(range(0, size, MiB))
+    assert sum(part for _, part, _ in asked) == size

@@ -33,7 +33,7 @@ from fuseport_testing.megatron_reference import (
     stage_of,
     transformer_config,
 )
-from fuseport_testing.nas import nas_config, nas_model
+from fuseport_testing.nas import GROUPS, few_kv_heads, nas_config, nas_model
 from fuseport_testing.oracle import oracle_trtllm
 from fuseport_testing.small_models import (
     State,
@@ -108,6 +108,25 @@ def test_shards_with_layers_that_are_replaced_or_left_out(tp: int) -> None:
         found = convert_stage(held, nas_config(case), case.vocab, pp=pp, pp_rank=pp_rank, **stage)
         for mine, its in zip(found, expected, strict=True):
             assert_same_bits(mine, its)
+
+
+@pytest.mark.parametrize("tp", [2, 4])
+def test_layers_with_fewer_kv_heads_than_the_configuration_says(tp: int) -> None:
+    """And than there are ranks: each gets its query heads' one KV head."""
+    case, state, config = few_kv_heads()
+    held = [shard_of(state, case, tp, rank) for rank in range(tp)]
+    found = convert_stage(held, config, case.vocab)
+    for layer, groups in enumerate(GROUPS):
+        source = state[f"decoder.layers.{layer}.self_attention.linear_qkv.weight"]
+        per_group = source.unflatten(0, (groups, -1, case.kv_channels))
+        queries, keys, values = per_group.tensor_split((-2, -1), 1)
+        for rank, tensors in enumerate(found):
+            first, count = rank * groups // tp, max(groups // tp, 1)
+            pairs = [part[first : first + count].flatten(0, 1) for part in (keys, values)]
+            heads = queries.flatten(0, 1).chunk(tp)[rank]
+            expected = torch.cat([heads, *pairs]).flatten(0, 1)
+            name = f"transformer.layers.{layer}.attention.qkv.weight"
+            assert torch.equal(tensors[name], expected)
 
 
 def nas_shard(state: State, case: Case, tp: int, rank: int) -> State:
@@ -210,16 +229,31 @@ def test_the_same_memory_read_as_another_dtype() -> None:
     assert_same_bits(one.trtllm_model_weights, expected)
 
 
-def test_the_same_tensors_under_nemotron_nas_names() -> None:
+@pytest.mark.parametrize("output", ["host", "cuda"])
+def test_the_same_tensors_under_nemotron_nas_names(output: str) -> None:
+    """Names of the earlier plan are gone, for their bytes are overwritten."""
     case = small()
-    one, state = converter(case), random_state(case)
+    one, state = converter(case, output=output), random_state(case)
     one.convert(state, DEFAULT_CONVERSION_DICT, 12)
-    one.trtllm_model_weights.clear()
     one.convert(state, NEMOTRON_NAS_NAMES, 12)
     expected = reference_distributed(
         [state], transformer_config(case), 1, 0, "float32", 12, names=NEMOTRON_NAS_NAMES
     )
     assert_same_bits(one.trtllm_model_weights, expected[0])
+
+
+def test_a_new_plan_keeps_what_was_added_one_by_one() -> None:
+    case, state = small(), random_state(small())
+    one, extra = converter(case), torch.arange(6.0).view(2, 3)
+    name = "transformer.layers.0.mlp.fc.weight"
+    one._add_to_trtllm_model_weights(extra, "before.weight")
+    one.convert(state, DEFAULT_CONVERSION_DICT, 12)
+    one._add_to_trtllm_model_weights(extra, "after.weight")
+    one._add_to_trtllm_model_weights(extra, name)
+    one.convert(dict(state), NEMOTRON_NAS_NAMES, 12)
+    added = {"before.weight", "after.weight", name}
+    expected = convert_stage([state], transformer_config(case), 12, names=NEMOTRON_NAS_NAMES)[0]
+    assert_same_bits(one.trtllm_model_weights, expected | dict.fromkeys(added, extra.T))
 
 
 @pytest.mark.parametrize("tp", [1, 2])

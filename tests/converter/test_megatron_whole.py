@@ -88,7 +88,10 @@ def assert_same_converters(mine: Any, its: Any, tp: int, pp: int, falcon: bool =
     with stand_ins(single_module):
         assert mine.get_padded_vocab_size() == its.get_padded_vocab_size()
     both = (split_over_ranks(one, tp, pp, falcon) for one in (mine, its))
-    for rank, expected in zip(*both, strict=True):
+    for index, (rank, expected) in enumerate(zip(*both, strict=True)):
+        if HEAD not in mine.trtllm_model_weights and index >= tp:
+            # Mended: a tied head of a stage that has no embedding.
+            rank.pop(HEAD, None)
         assert_same_bits(compared(rank, torch.float32), compared(expected, its.storage_type))
 
 

@@ -26,6 +26,7 @@ from fuseport_testing.dropin import convert_case, convert_stage, shards
 from fuseport_testing.megatron_reference import (
     DEFAULT_CONVERSION_DICT,
     ExportConfig,
+    given_scales,
     reference_distributed,
     reference_single,
     run_single,
@@ -66,18 +67,27 @@ def ours(
 ) -> list[State]:
     """The same through fuseport."""
     spec = ModelSpec.from_facts(vars(megatron_args(case, 1, 1)), model_type="llama")
-    given_scales = {module: GivenScale(value) for module, value in (scales or {}).items()}
+    by_module = {module: GivenScale(value) for module, value in (scales or {}).items()}
     state = random_state(case) if state is None else state
-    return convert_state_dict(state, spec, recipe, scales=given_scales)
+    return convert_state_dict(state, spec, recipe, scales=by_module)
 
 
-def single(case: Case, tp: int = 1, state: State | None = None) -> list[State]:
+def single(
+    case: Case,
+    tp: int = 1,
+    state: State | None = None,
+    pp: int = 1,
+    scales: Mapping[str, float] | None = None,
+) -> list[State]:
     """And through the drop-in for the single-device converter."""
     converter = SingleDeviceTRTLLMModelWeightsConverter(
-        ExportConfig(inference_tp_size=tp), transformer_config(case), "float32"
+        ExportConfig(inference_tp_size=tp, inference_pp_size=pp),
+        transformer_config(case),
+        "float32",
+        scales=given_scales(scales),
     )
     converter.convert(random_state(case) if state is None else state, DEFAULT_CONVERSION_DICT)
-    return split_over_ranks(converter, tp, 1)
+    return split_over_ranks(converter, tp, pp)
 
 
 def fp32(tp: int = 1, pp: int = 1) -> Recipe:
@@ -199,8 +209,17 @@ def test_mended_tied_head_of_a_later_stage() -> None:
     """Its stage has no embedding to take it from."""
     case = small(tied=True, layers=2, vocab=11)
     assert HEAD not in theirs(case, tp=2, pp=2)[2]
-    head = torch.cat([rank[HEAD] for rank in ours(case, fp32(2, 2))[2:]])
-    assert torch.equal(head, torch.cat([random_state(case)[WORDS], torch.zeros(1, 10)]))
+    padded = torch.cat([random_state(case)[WORDS], torch.zeros(1, 10)])
+    for ranks in (ours(case, fp32(2, 2)), single(case, 2, pp=2)):
+        assert not any(HEAD in rank for rank in ranks[:2])
+        assert torch.equal(torch.cat([rank[HEAD] for rank in ranks[2:]]), padded)
+
+
+def test_mended_scaled_head_of_a_tied_later_stage() -> None:
+    case, scales = small(tied=True, layers=2), {"lm_head": 13.7}
+    expected = (random_state(case)[WORDS] * 13.7).to(torch.float8_e4m3fn)
+    for ranks in (ours(case, fp32(1, 2), scales=scales), single(case, pp=2, scales=scales)):
+        assert_same_bits({HEAD: ranks[1][HEAD]}, {HEAD: expected})
 
 
 def test_mended_bias_of_heads_that_ranks_do_not_divide() -> None:

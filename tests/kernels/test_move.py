@@ -19,7 +19,6 @@ from fuseport.kernels.move import (
     coalesce,
     describe,
     is_vector,
-    tile_counts,
 )
 
 
@@ -93,7 +92,7 @@ def test_more_than_two_billion_elements() -> None:
     dst = torch.empty(size, dtype=torch.uint8, device="meta")
     boxes = list(describe(dst, dst))
     assert sum(box.outer.size * box.rows.size * box.cols.size for box in boxes) == size
-    assert tile_counts(boxes[0])[1] * 8 == boxes[0].rows.size
+    assert boxes[0].rows.size % 8 == 0
 
 
 @settings(max_examples=150, deadline=None)
@@ -126,5 +125,5 @@ def test_moves_that_make_no_sense_are_refused() -> None:
         Move(torch.empty(2), torch.empty(3))
     with pytest.raises(ValueError, match="no conversion"):
         Move(torch.empty(2), torch.empty(2, dtype=torch.int32))
-    with pytest.raises(ValueError, match="fills float8_e4m3fn"):
+    with pytest.raises(ValueError, match="GivenScale makes"):
         Move(torch.empty(2), torch.empty(2), quant=GivenScale(1.0))

@@ -2,8 +2,9 @@
 
     torchrun --nproc-per-node N dropin_worker.py DIR TP PP VOCAB
 
-DIR holds `shard{rank}.pt` (state dict) and `config.pt` (the configuration's fields); each rank adds
-`rank{rank}.safetensors`. Only the rank's own shard is read: other rows come from other ranks.
+DIR holds `shard{rank}.pt` (a state dict, or a list of virtual chunks' state dicts) and `config.pt`
+(the configuration's fields); each rank adds `rank{rank}.safetensors`, converted twice. Only the
+rank's own shard is read: other rows and layers come from other ranks.
 """
 
 from __future__ import annotations
@@ -25,11 +26,14 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     rank = dist.get_rank()
     # Every process takes part in making every group.
-    groups = [dist.new_group(list(range(stage * tp, (stage + 1) * tp))) for stage in range(pp)]
-    place = Parallel(tp, rank % tp, pp, rank // tp, tp_group=groups[rank // tp])
+    stages = [dist.new_group(list(range(stage * tp, (stage + 1) * tp))) for stage in range(pp)]
+    pipelines = [dist.new_group(list(range(first, tp * pp, tp))) for first in range(tp)]
+    place = Parallel.from_groups(stages[rank // tp], pipelines[rank % tp])
     config = SimpleNamespace(**torch.load(directory / "config.pt"))
     converter = DistributedTRTLLMModelWeightsConverter(config, "bfloat16", parallel=place)
-    converter.convert(torch.load(directory / f"shard{rank}.pt"), {}, vocab)
+    shard = torch.load(directory / f"shard{rank}.pt")
+    for _ in range(2):
+        converter.convert(shard, {}, vocab)
     save_file(converter.trtllm_model_weights, directory / f"rank{rank}.safetensors")
     dist.destroy_process_group()
 

@@ -12,11 +12,29 @@ from .small_models import State, random_state, random_tensors, small
 
 # Attention and MLP of each layer, and the same in DeciLM's words: widths are multiples of 256.
 NAS_KINDS = (("full", "full"), ("linear", "full"), ("none", "linear"))
-_BLOCKS = [
+_BLOCKS: list[Any] = [
     {"attention": {"n_heads_in_group": 1}, "ffn": {"ffn_mult": 1.0}},
     {"attention": {"replace_with_linear": True}, "ffn": {"ffn_mult": 1.0}},
     {"attention": {"no_op": True}, "ffn": {"replace_with_linear": True}},
 ]
+
+
+# Query groups of each layer where they differ.
+GROUPS = (4, 2, 1)
+
+
+def few_kv_heads() -> tuple[Case, State, Any]:
+    """Layers of 4, 2 and 1 KV heads for 4 query heads; the configuration has the first's number."""
+    case = small(hidden=12, ffn=256, layers=3, query_groups=GROUPS[0])
+    state = random_state(case)
+    for layer, groups in enumerate(GROUPS):
+        name = f"decoder.layers.{layer}.self_attention.linear_qkv.weight"
+        state[name] = state[name][: (case.heads + 2 * groups) * case.kv_channels].clone()
+    blocks = [
+        {"attention": {"n_heads_in_group": case.heads // groups}, "ffn": {"ffn_mult": 1.0}}
+        for groups in GROUPS
+    ]
+    return case, state, _config(case, blocks)
 
 
 def nas_model() -> tuple[Case, State]:
@@ -34,6 +52,10 @@ def nas_model() -> tuple[Case, State]:
 
 def nas_config(case: Case) -> Any:
     """With the field that Megatron's heterogeneous configuration adds."""
-    encoded = json.dumps({"block_configs": _BLOCKS})
+    return _config(case, _BLOCKS)
+
+
+def _config(case: Case, blocks: list[Any]) -> Any:
+    encoded = json.dumps({"block_configs": blocks})
     facts = vars(transformer_config(case))
     return SimpleNamespace(**facts, heterogeneous_layers_config_encoded_json=encoded)

@@ -1,0 +1,138 @@
+"""From the `_extra_state` entries of a Megatron state dict to the scales of target modules."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from .errors import ScaleError
+from .megatron_names import unwrapped
+from .scales import ModuleScales, ScaleTable
+from .sources.te_state import TeState, decode_te_state, join
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The modules that a Megatron module becomes, after the layer's prefix; `{e}` is an expert."""
+
+    trtllm: tuple[str, ...]
+    hf: tuple[str, ...]
+
+
+LAYER = {"trtllm": "transformer.layers.", "hf": "model.layers."}
+MODULES = {
+    "self_attention.linear_qkv": Targets(
+        ("attention.qkv",), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+    ),
+    "self_attention.linear_proj": Targets(("attention.dense",), ("self_attn.o_proj",)),
+    "mlp.linear_fc1": Targets(("mlp.fc", "mlp.gate"), ("mlp.gate_proj", "mlp.up_proj")),
+    "mlp.linear_fc2": Targets(("mlp.proj",), ("mlp.down_proj",)),
+    "mlp.shared_experts.linear_fc1": Targets(
+        ("mlp.shared_expert.fc", "mlp.shared_expert.gate"),
+        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+    ),
+    "mlp.shared_experts.linear_fc2": Targets(
+        ("mlp.shared_expert.proj",), ("mlp.shared_expert.down_proj",)
+    ),
+    "mlp.experts.linear_fc1": Targets(
+        ("mlp.fc",), ("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj")
+    ),
+    "mlp.experts.linear_fc2": Targets(("mlp.proj",), ("mlp.experts.{e}.down_proj",)),
+}
+
+# Layer; module, with an expert of a SequentialMLP in it; the expert that a piece is of.
+_KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+?)\._extra_state(\d*)")
+_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts|experts)\.(\d+)\.(linear_fc[12])")
+
+
+@dataclass(frozen=True, order=True)
+class Linear:
+    """One linear: its layer in the whole model, its key in `MODULES`, and its expert."""
+
+    layer: int
+    module: str
+    expert: int = 0
+
+
+@dataclass(frozen=True)
+class TeScales:
+    """dequant_scales by linear, and the states that hold none, with the reason."""
+
+    linears: Mapping[Linear, ModuleScales]
+    ignored: Mapping[str, str]
+
+    def table(self, target: str) -> ScaleTable:
+        """By the names of `target` ("trtllm" or "hf").
+
+        Where several experts become one module, the largest of their scales stands for all: no
+        value of the others then exceeds the format.
+        """
+        table: dict[str, ModuleScales] = {}
+        for linear, scales in sorted(self.linears.items()):
+            for part in getattr(MODULES[linear.module], target):
+                name = f"{LAYER[target]}{linear.layer}.{part.format(e=linear.expert)}"
+                table[name] = scales.larger(table.get(name, scales))
+        return ScaleTable(table, "Transformer Engine's state")
+
+
+def from_te_states(states: Mapping[str, object], order: str | None = None) -> TeScales:
+    """Decode every `_extra_state` entry of a state dict.
+
+    Args:
+        states: by Megatron-Core's names with the whole model's layer numbers; other entries of
+            the state dict may be among them. `…_extra_state`, `…_extra_state1`, … are the pieces
+            that Megatron-Core cuts one grouped linear's state into.
+        order: of a grouped linear's scales, where the states do not show it (see `te_state`).
+
+    Raises:
+        ScaleError: a scale cannot be used, or a piece is missing or there twice.
+        SourceError: a state cannot be read (see `decode_te_state`).
+    """
+    pieces: dict[Linear, dict[int, TeState]] = {}
+    ignored: dict[str, str] = {}
+    for name, value in states.items():
+        if "_extra_state" not in name:
+            continue
+        place = _place(name)
+        state = None if place is None else decode_te_state(value, name, order)
+        if place is None or state is None:
+            ignored[name] = "no scales" if place else "not a linear whose weight is quantised"
+            continue
+        linear, piece = place
+        if piece in pieces.setdefault(linear, {}):
+            raise ScaleError(f"{name} is there twice, under different prefixes; keep one of them")
+        pieces[linear][piece] = state
+    linears: dict[Linear, ModuleScales] = {}
+    for linear, found in pieces.items():
+        linears |= _scales(linear, found)
+    return TeScales(linears, ignored)
+
+
+def _place(name: str) -> tuple[Linear, int] | None:
+    """The linear, and which piece of it, that a state is of; None if it is not of a linear."""
+    match = _KEY.fullmatch(unwrapped(name))
+    if match is None:
+        return None
+    layer, module, piece = int(match[1]), match[2], int(match[3] or 0)
+    expert = _EXPERT.fullmatch(module)
+    if expert is not None:
+        return Linear(layer, f"mlp.experts.{expert[2]}", int(expert[1])), piece
+    return (Linear(layer, module), piece) if module in MODULES else None
+
+
+def _scales(linear: Linear, pieces: Mapping[int, TeState]) -> dict[Linear, ModuleScales]:
+    """The scales of each gemm: one, or one for each expert."""
+    if sorted(pieces) != list(range(len(pieces))):
+        raise ScaleError(
+            f"{pieces[min(pieces)].where}: of the grouped linear's states only the pieces "
+            f"{sorted(pieces)} are there; copy the checkpoint completely"
+        )
+    ordered = [pieces[index] for index in range(len(pieces))]
+    state = join(ordered) if len(ordered) > 1 else ordered[0]
+    return {
+        Linear(linear.layer, linear.module, linear.expert + gemm): ModuleScales(
+            weight=state.weight(gemm), input=state.input(gemm)
+        )
+        for gemm in range(state.gemms)
+    }

@@ -1,0 +1,229 @@
+"""Schemes whose scales are computed: kernel against reference bit for bit, at odd sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+
+from fuseport.kernels.fused_copy import FusedCopy
+from fuseport.kernels.move import Move
+from fuseport.kernels.quant import BlockScale, MxScale, NvScale, RowScale, Scheme, TensorScale
+from fuseport.kernels.reference import fused_copy_ref
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+E4M3 = torch.float8_e4m3fn
+FLOATS = [torch.bfloat16, torch.float16, torch.float32]
+NAMES = ["tensor", "row", "block", "mx", "nv"]
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+
+
+def poisoned(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    count = torch.Size(shape).numel() * dtype.itemsize
+    return torch.full((count,), 0xA5, dtype=torch.uint8, device=DEVICE).view(dtype).view(shape)
+
+
+class Matrix:
+    """Poisoned codes and scales of one matrix, and the moves that fill it."""
+
+    def __init__(self, name: str, rows: int, columns: int, group: torch.Tensor | None = None):
+        self.name, self.columns = name, columns
+        packed = name == "nv"
+        self.codes = poisoned(rows, columns // 2 if packed else columns)
+        self.codes = self.codes if packed else self.codes.view(E4M3)
+        self.amax = poisoned(1, dtype=torch.float32) if group is None else group
+        self.second = poisoned(1, dtype=torch.float32)
+        self.scales = {
+            "tensor": lambda: poisoned(1, dtype=torch.float32),
+            "row": lambda: poisoned(rows, dtype=torch.float32),
+            "block": lambda: poisoned(-(-rows // 128), -(-columns // 128), dtype=torch.float32),
+            "mx": lambda: poisoned(rows, columns // 32),
+            "nv": lambda: poisoned(rows, columns // 16).view(E4M3),
+        }[name]()
+
+    def quant(self, first_row: int) -> Scheme:
+        schemes: dict[str, Callable[[], Scheme]] = {
+            "tensor": lambda: TensorScale(self.scales, self.amax),
+            "row": lambda: RowScale(self.scales, self.columns, first_row),
+            "block": lambda: BlockScale(self.scales, self.columns, first_row),
+            "mx": lambda: MxScale(self.scales, self.columns, first_row),
+            "nv": lambda: NvScale(
+                self.scales, self.columns, first_row,
+                second_scale=self.second, amax=self.amax,
+            ),
+        }  # fmt: skip
+        return schemes[self.name]()
+
+    def moves(self, sources: Sequence[torch.Tensor]) -> list[Move]:
+        """The sources, one below the other."""
+        moves, first = [], 0
+        for source in sources:
+            rows = source.numel() // self.columns
+            shape = list(source.shape)
+            if self.name == "nv":
+                shape[-1] //= 2
+            dst = self.codes[first : first + rows].view(shape)
+            moves.append(Move(dst, source, 0.0, self.quant(first)))
+            first += rows
+        return moves
+
+    def bits(self) -> list[torch.Tensor]:
+        written = [self.codes, self.scales, *([self.second] if self.name == "nv" else [])]
+        return [tensor.view(torch.uint8) for tensor in written]
+
+
+def check(name: str, sources: Sequence[torch.Tensor], **options: Any) -> Matrix:
+    """Kernel and reference on poisoned outputs: codes, scales and counters are the same."""
+    columns = options.pop("columns", sources[0].shape[-1])
+    rows = sum(source.numel() for source in sources) // columns
+    found, expected = (Matrix(name, rows, columns) for _ in range(2))
+    counts = FusedCopy(found.moves(sources), **options).run(count=True)
+    wanted = fused_copy_ref(expected.moves(sources), count=True)
+    for one, other in zip(found.bits(), expected.bits(), strict=True):
+        wrong = (one != other).nonzero()
+        assert not len(wrong), f"{name}: first at {wrong[0].tolist()}, {len(wrong)} differ"
+    assert counts is not None
+    assert wanted is not None
+    assert torch.equal(counts.sum(0), wanted.sum(0))
+    return found
+
+
+def values(*shape: int, dtype: torch.dtype = torch.bfloat16, spread: float = 4.0) -> torch.Tensor:
+    """Normal values whose magnitude differs from block to block."""
+    torch.manual_seed(sum(shape))
+    rows = torch.randn(shape[0], *[1] * (len(shape) - 1)) * spread
+    return (torch.randn(shape) * torch.exp2(rows)).to(dtype).to(DEVICE)
+
+
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(1, 32), (7, 96), (128, 128), (130, 544), (257, 1056)])
+def test_odd_sizes(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    check(name, [values(*shape, dtype=dtype)])
+
+
+@pytest.mark.parametrize("name", ["tensor", "row", "block"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 63), (129, 1), (5, 1129), (2, 4001)])
+def test_columns_that_no_vector_divides(name: str, shape: tuple[int, int]) -> None:
+    check(name, [values(*shape)])
+
+
+@pytest.mark.parametrize("columns", [8192, 16384, 16400, 20000])
+def test_long_rows(columns: int) -> None:
+    check("row", [values(3, columns)])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_parts_of_a_matrix(name: str) -> None:
+    """q, k and v as a rank has them: heads of 64 rows, so that blocks straddle the parts."""
+    qkv = values(2 * 5 * 64, 256).unflatten(0, (2, 5, 64))
+    check(name, [qkv[:, :3], qkv[:, 3], qkv[:, 4]], columns=256)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_columns_of_heads(name: str) -> None:
+    out = values(192, 2 * 4 * 64).unflatten(1, (2, 4, 64))
+    check(name, [out[:, :, 1:3]], columns=256)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_slices_transposes_and_repeats(name: str) -> None:
+    check(name, [values(256, 1024)[:, 256:512]])
+    check(name, [values(256, 384).T])
+    check(name, [values(1, 128, 256).expand(3, 128, 256)])
+    check(name, [values(260, 131)[1:257, 3:131]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_each_have_their_own(name: str) -> None:
+    experts = values(3, 128, 256)
+    found, expected = ([Matrix(name, 128, 256) for _ in range(3)] for _ in range(2))
+    FusedCopy([m for one, x in zip(found, experts, strict=True) for m in one.moves([x])]).run()
+    fused_copy_ref([m for one, x in zip(expected, experts, strict=True) for m in one.moves([x])])
+    for one, other in zip(found, expected, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.bits(), other.bits(), strict=True))
+
+
+@pytest.mark.parametrize("name", ["tensor", "nv"])
+def test_matrices_of_a_group_share_a_scale(name: str) -> None:
+    for run in (lambda moves: FusedCopy(moves).run(), fused_copy_ref):
+        group = poisoned(1, dtype=torch.float32)
+        small, large = (Matrix(name, 32, 64, group) for _ in range(2))
+        run(
+            [*small.moves([values(32, 64, spread=0)]), *large.moves([8 * values(32, 64, spread=0)])]
+        )
+        assert torch.equal(small.bits()[-1], large.bits()[-1])
+        assert float(group) == float(values(32, 64, spread=0).abs().max()) * 8
+
+
+@pytest.mark.parametrize("name", ["tensor", "nv"])
+def test_amaxes_can_be_merged_over_ranks(name: str) -> None:
+    source = values(32, 64, spread=0)
+    for run in (lambda moves, **k: FusedCopy(moves).run(**k), fused_copy_ref):
+        matrix = Matrix(name, 32, 64)
+        run(matrix.moves([source]), reduce=lambda amaxes: [amax.mul_(4) for amax in amaxes])
+        largest = 448.0 if name == "tensor" else 2688.0
+        scale = matrix.scales if name == "tensor" else matrix.second
+        assert float(scale) == float(source.float().abs().max().cpu() * 4 / torch.tensor(largest))
+
+
+@pytest.mark.parametrize("native", [True, False])
+@pytest.mark.parametrize("name", NAMES)
+def test_every_code_of_bf16_and_fp16(name: str, native: bool) -> None:
+    """All 65,536 values of both formats, in rows of neighbours and shuffled, many amaxes."""
+    if native and DEVICE == "cpu":
+        native = False
+    for dtype in (torch.bfloat16, torch.float16):
+        every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
+        shuffled = every[torch.randperm(65536, generator=torch.Generator().manual_seed(1))]
+        for order in (every, shuffled):
+            check(name, [order.view(512, 128).to(DEVICE)], native_e4m3=native)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("special", [0.0, -0.0, float("nan"), float("inf"), 1e-45, 3e38])
+def test_special_values(name: str, special: float) -> None:
+    source = values(64, 256, dtype=torch.float32)
+    check(name, [torch.full_like(source, special)])
+    source[::3, ::5] = special
+    source[:32, :128] = special
+    found = check(name, [source])
+    scales = found.scales.float() if name != "mx" else torch.exp2(found.scales.double() - 127)
+    assert bool(torch.isfinite(scales).all())
+    assert bool((scales > 0).all())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_power(name: str) -> None:
+    """Signal and noise are those of what the codes stand for."""
+    source = values(96, 256, dtype=torch.float32, spread=0)
+    source[3, 4] = float("nan")
+    for run in (lambda moves, **k: FusedCopy(moves).run(**k), fused_copy_ref):
+        power = torch.zeros(1, 2, dtype=torch.float64, device=DEVICE)
+        run(Matrix(name, 96, 256).moves([source]), power=power)
+        signal, noise = power[0].tolist()
+        assert signal == pytest.approx(float(source.nan_to_num().double().square().sum()), rel=1e-5)
+        decibels = 10 * torch.log10(torch.tensor(signal / noise))
+        low, high = (18, 24) if name == "nv" else (28, 36)
+        assert low < decibels < high
+
+
+def test_a_matrix_with_gaps_is_refused() -> None:
+    matrix = Matrix("block", 192, 128)
+    first, _, third = matrix.moves([values(64, 128) for _ in range(3)])
+    with pytest.raises(ValueError, match="without gaps"):
+        FusedCopy([first, third])
+
+
+def test_rows_that_pieces_do_not_divide_are_refused() -> None:
+    with pytest.raises(ValueError, match="multiple of 32"):
+        MxScale(poisoned(4, 1), 40)
+    with pytest.raises(ValueError, match="whole rows"):
+        Move(
+            poisoned(4, 40).view(E4M3),
+            values(4, 40),
+            0.0,
+            RowScale(poisoned(4).view(torch.uint8).view(E4M3).float(), 64),
+        )
