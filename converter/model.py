@@ -49,9 +49,8 @@ class ModelSpec:
     does not hold all. `rope_scaling_factor` is Llama 3.1's, `seq_len_interpolation_factor` a linear
     one; `None` is no scaling. `blocks` describes each layer of a heterogeneous model.
 
-    The biases of the output projection and of the MLP, multi-latent attention's sizes (0: there is
-    none) and `special` come from a Hugging Face config. `special` names its options that no fact
-    here says: a target that does not take that config over refuses them.
+    From a Hugging Face config come multi-latent attention's sizes (0: none) and `special`: options
+    that no fact says, refused by a target that does not take that config over.
     """
 
     num_layers: int

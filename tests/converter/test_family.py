@@ -28,7 +28,9 @@ from fuseport.converter.cli import app
 from fuseport.converter.errors import FuseportError, OutputError, RecipeError, VerificationError
 from fuseport.converter.hf_family import GROUPS, make_family, packaged
 from fuseport.converter.recipe import TARGETS as NAMES
+from fuseport.converter.sources.megatron import read_model
 from fuseport.converter.targets.table import TARGETS
+from fuseport.converter.targets.target import Task
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "adding-an-architecture.md"
 
@@ -123,6 +125,26 @@ def test_every_weight_that_is_a_linears_has_a_group() -> None:
     assert {mixtral.group(f"expert.{part}", 1, 2) for part in ("gate", "up")} == {
         "model.layers.1.block_sparse_moe.experts.2.gate_up_proj"
     }
+
+
+def test_the_rules_hand_groups_on() -> None:
+    case = small(hidden=8, heads=4, query_groups=2, kv_channels=2, ffn=12, experts=2, moe_ffn=6)
+    spec = ModelSpec.from_facts(vars(megatron_args(case, 1, 1)))
+    model = read_model(random_state(case), spec)
+    task = Task(model, spec, Recipe(target="hf"), torch.zeros(1, 8))
+    groups = {one.name: one.group for one in TARGETS["hf"].rules(task)}
+    layer = "model.layers.0."
+    qkv = {groups[f"{layer}self_attn.{part}_proj.weight"] for part in "qkv"}
+    experts = {
+        groups[f"{layer}block_sparse_moe.experts.{e}.w{w}.weight"] for e in "01" for w in "13"
+    }
+    assert qkv == {f"{layer}self_attn.qkv_proj"}
+    assert experts == {f"{layer}block_sparse_moe.experts.{e}.gate_up_proj" for e in "01"}
+    never = {name for name, group in groups.items() if not group}
+    assert never == {
+        "model.embed_tokens.weight", "model.norm.weight", f"{layer}input_layernorm.weight",
+        f"{layer}post_attention_layernorm.weight", f"{layer}block_sparse_moe.gate.weight",
+    }  # fmt: skip
 
 
 def test_assets(tmp_path: Path) -> None:
