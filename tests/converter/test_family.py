@@ -189,8 +189,16 @@ def test_hf_from_megatron_on_the_command_line(tmp_path: Path) -> None:
     assert isinstance(refused.exception, RecipeError)
 
 
-@pytest.mark.parametrize("fault", ["tensor", "index", "index's file", "config"])
-def test_a_result_that_lacks_something(fault: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("fault", "match"),
+    [
+        ("tensor", r"lacks model\.layers\.1\.mlp\.up_proj\.weight"),
+        ("index", r"no file holds model\.layers\.1\.mlp\.up_proj\.weight \[12, 8\]"),
+        ("index's file", "the index names"),
+        ("config", r"is \[12, 8\], config\.json calls for \[13, 8\]"),
+    ],
+)
+def test_a_result_that_lacks_something(fault: str, match: str, tmp_path: Path) -> None:
     """Also where someone made the digests fit."""
     source, out = write_hf_tiny(tmp_path / "s"), tmp_path / "out"
     convert_checkpoint(source, out, Recipe(target="hf", dtype="float32"))
@@ -215,5 +223,5 @@ def test_a_result_that_lacks_something(fault: str, tmp_path: Path) -> None:
             "bytes": path.stat().st_size, "xxh3_128": file_digest(path),
         }  # fmt: skip
     manifest.write_text(json.dumps(texts[manifest]))
-    with pytest.raises(VerificationError):
+    with pytest.raises(VerificationError, match=match):
         verify_checkpoint(out)
