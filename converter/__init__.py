@@ -1,4 +1,4 @@
-"""fuseport's converter: Megatron-Core's weights in the layouts that serving engines load."""
+"""fuseport's converter: a model's weights in the layouts that serving engines load."""
 
 from .convert import convert_checkpoint, plan_checkpoint
 from .errors import FuseportError

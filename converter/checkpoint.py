@@ -12,7 +12,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -141,6 +141,22 @@ def write_json(path: Path, values: object) -> None:
         os.fsync(stream.fileno())
 
 
+def copy_assets(source: Path, out: Path, names: Collection[str]) -> None:
+    """Copy those of a directory's files that are known by name.
+
+    Raises:
+        OutputError: there are none, or one is no regular file.
+    """
+    found = [name for name in sorted(names) if os.path.lexists(source / name)]
+    if not found:
+        known = ", ".join(sorted(names)) or "none for this target"
+        raise OutputError(f"{source} has no file to copy; known names: {known}")
+    for name in found:
+        if not (source / name).is_file():
+            raise OutputError(f"{source / name} is not a regular file; leave it out")
+        shutil.copyfile(source / name, out / name)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file.
 
@@ -157,6 +173,17 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise VerificationError(f"{path} does not hold a JSON object; convert again")
     return values
+
+
+def keep_apart(source: Path, out: Path) -> None:
+    """Raise OutputError if the result would lie within the source, or hold it."""
+    origin, target = source.resolve(), out.resolve()
+    # A run's directory is looked through for its iterations.
+    iteration = target.parent == origin.parent and target.name.startswith("iter_")
+    if iteration or target.is_relative_to(origin) or origin.is_relative_to(target):
+        raise OutputError(
+            f"{out} would lie among the source's files in {source}; choose another directory"
+        )
 
 
 @contextmanager

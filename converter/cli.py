@@ -18,12 +18,13 @@ from . import show
 from .convert import convert_checkpoint, plan_checkpoint
 from .demo import write_demo_checkpoint
 from .errors import FuseportError, RecipeError
-from .recipe import Recipe
+from .hf_family import make_family
+from .recipe import SHARD_SIZE, Recipe
 from .verify import verify_checkpoint
 
 app = typer.Typer(
     name="fuseport",
-    help="Turn Megatron checkpoints into checkpoints that serving engines load.",
+    help="Turn checkpoints of Megatron or Hugging Face into what serving engines load.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
 )
@@ -34,7 +35,7 @@ errors = Console(stderr=True)
 FAILED, SIGNALLED = 1, 128
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
-Source = Annotated[Path, typer.Argument(help="A torch_dist or mp_rank_* checkpoint's directory.")]
+Source = Annotated[Path, typer.Argument(help="A checkpoint of Megatron or Hugging Face.")]
 Out = Annotated[Path, typer.Argument(help="The directory to create.")]
 SpecFile = Annotated[
     Path | None, typer.Option("--spec", help="YAML file of model facts that replace the source's.")
@@ -44,12 +45,17 @@ Facts = Annotated[
     typer.Option("--fact", metavar="NAME=VALUE", help="One model fact; may be repeated."),
 ]
 
+FamilyFile = Annotated[
+    Path | None,
+    typer.Option("--family", help="YAML table of an architecture in the Hugging Face layout."),
+]
+
 
 @app.command()
 def convert(
     source: Source,
     out: Out,
-    target: Annotated[str, typer.Option(help="trtllm: TensorRT-LLM's unified format.")] = "trtllm",
+    target: Annotated[str, typer.Option(help="trtllm (unified checkpoint) or hf.")] = "trtllm",
     tp: Annotated[int, typer.Option(help="Tensor parallel size of the target.")] = 1,
     pp: Annotated[int, typer.Option(help="Pipeline parallel size of the target.")] = 1,
     ep: Annotated[int, typer.Option(help="Ranks that share out the experts; divides tp.")] = 1,
@@ -60,10 +66,15 @@ def convert(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     spec: SpecFile = None,
     fact: Facts = None,
+    family: FamilyFile = None,
+    shard_size: Annotated[int, typer.Option(help="Most bytes of a file, for hf.")] = SHARD_SIZE,
+    hf_assets: Annotated[
+        Path | None, typer.Option("--hf-assets", help="Copy the tokenizer's files from here.")
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
-    """Convert a Megatron checkpoint. OUT appears whole or not at all."""
+    """Convert a checkpoint. OUT appears whole or not at all."""
     facts = _facts(spec, fact) | ({} if vocab_size is None else {"vocab_size": vocab_size})
     recipe = Recipe(
         target=target,
@@ -72,6 +83,8 @@ def convert(
         moe_ep_size=ep,
         dtype=dtype,
         use_parallel_embedding=parallel_embedding,
+        shard_size=shard_size,
+        family=_table(family),
     )
     plan = plan_checkpoint(source, recipe, facts)
     console.print(show.plan_table(plan))
@@ -79,7 +92,13 @@ def convert(
         return
     with show.progress(console, "converting", plan.nbytes) as advance:
         report = convert_checkpoint(
-            plan, out, backend=backend, device=device, overwrite=overwrite, progress=advance
+            plan,
+            out,
+            backend=backend,
+            device=device,
+            overwrite=overwrite,
+            assets=hf_assets,
+            progress=advance,
         )
     console.print(show.report_text(report))
 
@@ -89,9 +108,10 @@ def inspect(
     path: Annotated[Path, typer.Argument(help="A source checkpoint, or a converted one.")],
     spec: SpecFile = None,
     fact: Facts = None,
+    family: FamilyFile = None,
 ) -> None:
     """Show the facts, tensors and sizes of a source or of a result."""
-    for part in show.inspection(path, _facts(spec, fact)):
+    for part in show.inspection(path, _facts(spec, fact), _table(family)):
         console.print(part)
 
 
@@ -130,7 +150,7 @@ def _facts(file: Path | None, pairs: list[str] | None) -> dict[str, Any]:
     """Facts of a YAML file, then those of the command line."""
     facts: dict[str, Any] = {}
     if file is not None:
-        facts |= _read_yaml(file)
+        facts |= _read_yaml(file, "--spec")
     for pair in pairs or []:
         name, _, text = pair.partition("=")
         value = _yaml(text, f"--fact {pair!r}")
@@ -140,14 +160,23 @@ def _facts(file: Path | None, pairs: list[str] | None) -> dict[str, Any]:
     return facts
 
 
-def _read_yaml(file: Path) -> dict[str, Any]:
+def _table(file: Path | None) -> dict[str, Any] | None:
+    """The contents of an architecture's table; checked, so that a mistake is named as its own."""
+    if file is None:
+        return None
+    table = _read_yaml(file, "--family")
+    make_family(table, str(file))
+    return table
+
+
+def _read_yaml(file: Path, option: str) -> dict[str, Any]:
     try:
         text = file.read_text()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"--spec {file} cannot be read: {error}") from error
-    values = _yaml(text, f"--spec {file}")
+        raise RecipeError(f"{option} {file} cannot be read: {error}") from error
+    values = _yaml(text, f"{option} {file}")
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise RecipeError(f"--spec {file}: expected lines of 'name: value'")
+        raise RecipeError(f"{option} {file}: expected lines of 'name: value'")
     return values
 
 

@@ -13,17 +13,24 @@ import torch
 from fuseport.kernels.move import Move
 
 from .backend import Run, choose, default_device, run_all
-from .checkpoint import MANIFEST, FileImage, Writer, file_digest, lay_out, publish, write_json
-from .errors import OutputError
+from .checkpoint import (
+    MANIFEST,
+    FileImage,
+    Writer,
+    copy_assets,
+    file_digest,
+    keep_apart,
+    publish,
+    write_json,
+)
 from .model import ModelSpec
 from .plan import Planned, batches, bind, build, intervals, on_meta, storage_key
-from .recipe import Recipe, check
-from .sources.megatron import read_model
+from .recipe import Recipe
 from .sources.source import Source, open_source
 from .sources.stored import Piece, Stored
 from .state import check_complete, zero_row
-from .targets.trtllm import TrtllmRules
-from .targets.trtllm_config import config
+from .targets.table import TARGETS
+from .targets.target import Target, Task, file_images
 
 # Bytes of target tensors converted at once.
 BATCH = 256 << 20
@@ -57,7 +64,21 @@ class CheckpointPlan:
 
     @property
     def _rows(self) -> int:
-        return self.source.tensors["embedding.word_embeddings.weight"].shape[0]
+        return self.source.tensors[self.source.embedding].shape[0]
+
+    @property
+    def target(self) -> Target:
+        """The recipe's target."""
+        return TARGETS[self.recipe.target]
+
+    def settings(self) -> dict[str, Mapping[str, object]]:
+        """The JSON files beside the weights, by name."""
+        sizes: dict[str, dict[str, int]] = {image.name: {} for image in self.images.values()}
+        for planned in self.tensors:
+            sizes[self.images[planned.rank].name][planned.name] = planned.nbytes
+        return self.target.settings(
+            self.spec, self.recipe, self.vocab_size, self.source.handed_on, sizes
+        )
 
     def padding_rows(self) -> dict[str, int]:
         """Source tensor → elements that are dropped on purpose: training's vocabulary padding.
@@ -68,8 +89,8 @@ class CheckpointPlan:
         dropped = (self._rows - self.vocab_size) * hidden
         output = self._rows * hidden if self.spec.share_embeddings_and_output_weights else dropped
         return {
-            "embedding.word_embeddings.weight": dropped,
-            "output_layer.weight": output,
+            self.source.embedding: dropped,
+            self.source.output: output,
             PADDING: hidden,
         }
 
@@ -82,7 +103,7 @@ def plan_checkpoint(
     """Plan a conversion; reads the source's metadata, no weights.
 
     Args:
-        source: a Megatron checkpoint's directory, or one that is open.
+        source: a checkpoint's directory, or one that is open.
         recipe: the choice.
         facts: facts that replace the source's own, by field of `ModelSpec`; or all of them.
 
@@ -90,25 +111,26 @@ def plan_checkpoint(
         FuseportError: the source, the facts and the recipe do not go together.
     """
     given = dataclasses.asdict(facts) if isinstance(facts, ModelSpec) else facts
-    opened = source if isinstance(source, Source) else open_source(source, given)
+    opened = source if isinstance(source, Source) else open_source(source, given, recipe.family)
     if isinstance(facts, ModelSpec):
         spec = facts
     else:
         spec = ModelSpec.from_facts(opened.facts, **dict(facts or {}))
-    model = read_model(opened.tensors, spec)
-    check(spec, recipe)
+    model = opened.read(opened.tensors, spec)
+    target = TARGETS[recipe.target]
+    target.check(spec, recipe)
     check_complete(model, spec)
     zeros = zero_row(model, spec, torch.device("cpu"))
     twin = torch.empty_like(zeros, device="meta")
     piece = Piece((0, 0), tuple(zeros.shape), zeros)
     padding = Stored(PADDING, tuple(zeros.shape), zeros.dtype, (piece,))
-    tensors = build(TrtllmRules(model, spec, recipe, twin).tensors(), on_meta)
+    task = Task(model, spec, recipe, twin, origin=opened.handed_on)
     stored = {**opened.stored, storage_key(twin): padding}
-    images = {
-        rank: lay_out(f"rank{rank}.safetensors", [t for t in tensors if t.rank == rank], {})
-        for rank in range(recipe.world_size)
-    }
-    return CheckpointPlan(opened, spec, recipe, tensors, stored, images)
+    tensors, images = file_images(target, build(target.rules(task), on_meta), recipe)
+    plan = CheckpointPlan(opened, spec, recipe, tensors, stored, images)
+    # What a target's settings cannot say is an error before anything is read.
+    plan.settings()
+    return plan
 
 
 @dataclass(frozen=True)
@@ -134,9 +156,10 @@ def convert_checkpoint(
     backend: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
+    assets: Path | None = None,
     progress: Progress = lambda nbytes: None,
 ) -> Report:
-    """Convert a Megatron checkpoint into a TensorRT-LLM checkpoint.
+    """Convert a checkpoint into what the recipe's target loads.
 
     `out` appears whole, with a manifest, or not at all.
 
@@ -146,6 +169,7 @@ def convert_checkpoint(
         recipe, facts: as for `plan_checkpoint`, when `source` is a directory.
         backend, device: where the moves run.
         overwrite: replace `out` if it exists.
+        assets: a directory from which the tokenizer's files are copied, for targets that have them.
         progress: called with the number of target bytes done since the last call.
 
     Raises:
@@ -158,8 +182,10 @@ def convert_checkpoint(
         if isinstance(source, CheckpointPlan)
         else plan_checkpoint(source, recipe or Recipe(), facts)
     )
-    _keep_apart(plan.source.origin, out)
+    keep_apart(plan.source.origin, out)
     with publish(out, overwrite=overwrite, needed=plan.nbytes) as partial:
+        if assets is not None:
+            copy_assets(assets, partial, plan.target.others)
         writer = Writer(partial, plan.images)
         try:
             writer.open()
@@ -167,20 +193,10 @@ def convert_checkpoint(
             writer.finish()
         finally:
             writer.close()
-        write_json(partial / "config.json", config(plan.spec, plan.recipe, plan.vocab_size))
+        for name, values in plan.settings().items():
+            write_json(partial / name, values)
         write_json(partial / MANIFEST, _manifest(plan, writer, counts))
     return Report(out, plan.nbytes, len(plan.tensors), counts[0], counts[1])
-
-
-def _keep_apart(source: Path, out: Path) -> None:
-    """Raise OutputError if the result would lie within the source, or hold it."""
-    origin, target = source.resolve(), out.resolve()
-    # A run's directory is looked through for its iterations.
-    iteration = target.parent == origin.parent and target.name.startswith("iter_")
-    if iteration or target.is_relative_to(origin) or origin.is_relative_to(target):
-        raise OutputError(
-            f"{out} would lie among the source's files in {source}; choose another directory"
-        )
 
 
 def _fill(
@@ -192,7 +208,7 @@ def _fill(
         results, counts = compute(batch, plan.stored, run, device)
         for planned, tensor, (beyond, strange) in zip(batch, results, counts, strict=True):
             writer.write(planned.rank, planned.name, tensor.cpu())
-            name = f"rank{planned.rank}/{planned.name}"
+            name = f"{Path(plan.images[planned.rank].name).stem}/{planned.name}"
             saturated |= {name: beyond} if beyond else {}
             nonfinite |= {name: strange} if strange else {}
             progress(planned.nbytes)
@@ -251,13 +267,8 @@ def _manifest(
     plan: CheckpointPlan, writer: Writer, counts: tuple[dict[str, int], dict[str, int]]
 ) -> dict[str, object]:
     files = {
-        image.name: {"bytes": image.nbytes, "xxh3_128": file_digest(writer.directory / image.name)}
-        for image in plan.images.values()
-    }
-    settings = writer.directory / "config.json"
-    files["config.json"] = {
-        "bytes": settings.stat().st_size,
-        "xxh3_128": file_digest(settings),
+        path.name: {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
+        for path in sorted(writer.directory.iterdir())
     }
     return {
         "format": 1,

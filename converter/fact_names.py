@@ -12,6 +12,8 @@ ACTIVATIONS = {
     "quick_gelu": "quick_gelu",
     "relu": "relu",
     "squared_relu": "squared_relu",
+    "relu2": "squared_relu",
+    "gelu_pytorch_tanh": "gelu",
 }
 
 # Field → the names under which sources give it, best first.
@@ -45,13 +47,23 @@ NAMES: dict[str, tuple[str, ...]] = {
     "moe_ffn_hidden_size": ("moe_ffn_hidden_size",),
     "moe_router_topk": ("moe_router_topk",),
     "moe_shared_expert_intermediate_size": ("moe_shared_expert_intermediate_size",),
+    "attention_out_bias": ("attention_out_bias",),
+    "mlp_bias": ("mlp_bias",),
+    "moe_router_linear_bias": ("moe_router_linear_bias",),
+    "special": ("special",),
 }
+
+# Sizes of multi-latent attention. Megatron-LM's arguments hold them for every model, used or not.
+LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "v_head_dim")
 
 # The families that targets know.
 MODEL_TYPES = (
-    "gpt", "gptnext", "starcoder", "nemotron", "llama", "mixtral", "qwen2", "qwen3", "qwen2_moe",
-    "qwen3_moe", "gemma", "falcon", "nemotron_nas",
+    "gpt", "gptnext", "starcoder", "nemotron", "llama", "mistral", "mixtral", "qwen2", "qwen3",
+    "qwen2_moe", "qwen3_moe", "gemma", "falcon", "nemotron_nas",
 )  # fmt: skip
+
+# A family that the unified checkpoint has no place for.
+OTHER = "other"
 
 # Options that change what the weights or the layers mean, and that no rule here handles.
 REFUSED = {

@@ -36,7 +36,14 @@ class Stack:
     parts: tuple[Layout, ...]
 
 
-Layout = torch.Tensor | Flat | Cat | Stack
+@dataclass(frozen=True)
+class Alternate:
+    """Views of one shape [..., n] whose last elements take turns: [..., n · parts]."""
+
+    parts: tuple[torch.Tensor, ...]
+
+
+Layout = torch.Tensor | Flat | Cat | Stack | Alternate
 
 
 def cat(*parts: Layout | None) -> Layout:
@@ -60,6 +67,9 @@ def shape_of(layout: Layout) -> Shape:
     """The shape of the tensor that a layout makes up."""
     if isinstance(layout, (torch.Tensor, Flat)):
         return tuple(layout.shape)
+    if isinstance(layout, Alternate):
+        *outer, last = layout.parts[0].shape
+        return (*outer, last * len(layout.parts))
     first = shape_of(layout.parts[0])
     if isinstance(layout, Stack):
         return (len(layout.parts), *first)
@@ -83,6 +93,9 @@ def pairs(dst: torch.Tensor, layout: Layout) -> Iterator[tuple[torch.Tensor, tor
         yield dst, layout
     elif isinstance(layout, Flat):
         yield dst.view(layout.view.shape), layout.view
+    elif isinstance(layout, Alternate):
+        turns = dst.unflatten(-1, (-1, len(layout.parts)))
+        yield from zip(turns.unbind(-1), layout.parts, strict=True)
     elif isinstance(layout, Stack):
         for index, part in enumerate(layout.parts):
             yield from pairs(dst.select(0, index), part)

@@ -32,7 +32,10 @@ class Projection:
 
 @dataclass(frozen=True)
 class Attention:
-    """Self attention; `out` is [H, G, Q, D]: its columns by the head that they read."""
+    """Self attention; `out` is [H, G, Q, D]: its columns by the head that they read.
+
+    `sinks` [G, Q] is a logit of each query head that attends to nothing (GPT-OSS).
+    """
 
     q: Projection
     k: Projection
@@ -41,6 +44,32 @@ class Attention:
     out_bias: torch.Tensor | None
     q_norm: Norm | None
     k_norm: Norm | None
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """A projection through a low rank R: down [R + r, H], norm over R, up [rows, R].
+
+    The last r rows of `down`, if any, skip norm and `up`: the rotated part of the keys.
+    """
+
+    down: torch.Tensor
+    norm: Norm
+    up: torch.Tensor
+
+
+@dataclass(frozen=True)
+class LatentAttention:
+    """Multi-latent attention (DeepSeek): q of low rank or whole, keys and values of low rank.
+
+    Rows of q are, for each head, its unrotated then its rotated part; rows of `kv.up`, for each
+    head, its unrotated key then its value. `out` is [H, heads · value size].
+    """
+
+    q: LowRank | torch.Tensor
+    kv: LowRank
+    out: torch.Tensor
 
 
 @dataclass(frozen=True)
@@ -75,23 +104,32 @@ class Mlp:
 
 @dataclass(frozen=True)
 class Moe:
-    """Mixture of experts: router [E, H]; `router_bias` [E] balances the load (DeepSeek)."""
+    """Mixture of experts: router [E, H]; `router_bias` [E] balances the load (DeepSeek).
+
+    `router_linear_bias` [E] is the router's own, as a linear's (GPT-OSS).
+    """
 
     router: torch.Tensor
     router_bias: torch.Tensor | None
     experts: tuple[Mlp, ...]
     shared: Mlp | None
     shared_gate: torch.Tensor | None
+    router_linear_bias: torch.Tensor | None = None
 
 
 @dataclass(frozen=True)
 class Layer:
-    """One transformer layer; a part that the layer leaves out is None."""
+    """One transformer layer; a part that the layer leaves out is None.
+
+    The `…_out_norm`s come after attention and MLP, before the sum (Gemma 2).
+    """
 
     input_norm: Norm | None
-    attention: Attention | Linear | None
+    attention: Attention | LatentAttention | Linear | None
     mlp_norm: Norm | None
     mlp: Mlp | Moe | Linear | None
+    attention_out_norm: Norm | None = None
+    mlp_out_norm: Norm | None = None
 
 
 @dataclass(frozen=True)

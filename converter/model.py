@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .blocks import Block, read_blocks
 from .errors import ModelError, UnsupportedOptionError
-from .fact_names import ACTIVATIONS, MODEL_TYPES, NAMES, ONLY, REFUSED
+from .fact_names import ACTIVATIONS, LATENT, MODEL_TYPES, NAMES, ONLY, OTHER, REFUSED
 from .facts import (
     FLAG,
     LAYERS,
@@ -48,6 +48,9 @@ class ModelSpec:
     is a mixture of experts. `num_local_experts` is how many of the experts a shard holds, where it
     does not hold all. `rope_scaling_factor` is Llama 3.1's, `seq_len_interpolation_factor` a linear
     one; `None` is no scaling. `blocks` describes each layer of a heterogeneous model.
+
+    From a Hugging Face config come multi-latent attention's sizes (0: none) and `special`: options
+    that no fact says, refused by a target that does not take that config over.
     """
 
     num_layers: int
@@ -80,6 +83,15 @@ class ModelSpec:
     moe_layers: tuple[bool, ...] = ()
     num_local_experts: int = 0
     blocks: tuple[Block, ...] = ()
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    moe_router_linear_bias: bool = False
+    q_lora_rank: int = 0
+    kv_lora_rank: int = 0
+    qk_head_dim: int = 0
+    qk_pos_emb_head_dim: int = 0
+    v_head_dim: int = 0
+    special: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, kind in KINDS.items():
@@ -115,6 +127,21 @@ class ModelSpec:
         return self.num_attention_heads // self.num_query_groups
 
     @property
+    def has_qkv_bias(self) -> bool:
+        """True if q, k and v have biases."""
+        return self.add_bias_linear or self.add_qkv_bias
+
+    @property
+    def has_out_bias(self) -> bool:
+        """True if attention's output projection has a bias."""
+        return self.add_bias_linear or self.attention_out_bias
+
+    @property
+    def has_mlp_bias(self) -> bool:
+        """True if the MLP's, or the experts', linears have biases."""
+        return self.add_bias_linear or self.mlp_bias
+
+    @property
     def local_experts(self) -> int:
         """Experts that are here: all, unless this describes a shard."""
         return self.num_local_experts or self.num_moe_experts
@@ -147,10 +174,10 @@ class ModelSpec:
         values = {field: first(merged, names) for field, names in NAMES.items()}
         values = {field: value for field, value in values.items() if value is not None}
         values |= _heads(merged) | _activation(merged) | _experts(merged) | _tied(merged)
-        values |= _rope_scaling(merged)
+        values |= _rope_scaling(merged) | _latent(merged)
         values |= {"num_layers": need(merged, "num_layers", LAYERS), "blocks": read_blocks(merged)}
         # What follows from one of the source's facts gives way to what the user says.
-        values |= {name: given[name] for name in NAMES if name in given}
+        values |= {name: given[name] for name in (*NAMES, *LATENT) if name in given}
         if "model_type" not in values:
             values["model_type"] = infer_model_type(values)
         typed = {name: loose(KINDS[name], value) for name, value in values.items()}
@@ -171,7 +198,7 @@ KINDS = {
     "kv_channels": SIZE,
     "vocab_size": optional(SIZE),
     "max_position_embeddings": optional(SIZE),
-    "model_type": one_of(MODEL_TYPES),
+    "model_type": one_of((*MODEL_TYPES, OTHER)),
     "normalization": one_of(("RMSNorm", "LayerNorm")),
     "layernorm_zero_centered_gamma": FLAG,
     "layernorm_epsilon": POSITIVE,
@@ -193,10 +220,24 @@ KINDS = {
     "moe_layers": tuple_of(bool, "a list of true and false"),
     "num_local_experts": SIZE_OR_NONE,
     "blocks": tuple_of(Block, "a list with what each layer holds"),
+    "attention_out_bias": FLAG,
+    "mlp_bias": FLAG,
+    "moe_router_linear_bias": FLAG,
+    "q_lora_rank": SIZE_OR_NONE,
+    "kv_lora_rank": SIZE_OR_NONE,
+    "qk_head_dim": SIZE_OR_NONE,
+    "qk_pos_emb_head_dim": SIZE_OR_NONE,
+    "v_head_dim": SIZE_OR_NONE,
+    "special": tuple_of(str, "a list of options' names"),
 }
 
 # The names of facts that a user may give. How many experts a shard holds follows from its place.
-GIVEN = (*(name for name in KINDS if name != "num_local_experts"), *PATTERNS, *REFUSED, *ONLY)
+GIVEN = (
+    *(name for name in KINDS if name not in ("num_local_experts", "special")),
+    *PATTERNS,
+    *REFUSED,
+    *ONLY,
+)
 
 
 def _heads(facts: Mapping[str, object]) -> dict[str, object]:
@@ -247,6 +288,11 @@ def _rope_scaling(facts: Mapping[str, object]) -> dict[str, object]:
     factor = first(facts, NAMES["rope_scaling_factor"])
     used = flag(facts, ("use_rope_scaling", "rope_scaling"))
     return {"rope_scaling_factor": (8.0 if factor is None else factor) if used else None}
+
+
+def _latent(facts: Mapping[str, object]) -> dict[str, object]:
+    used = "multi_latent_attention" in (facts.get("special") or ())  # type: ignore[operator]
+    return {name: facts[name] for name in LATENT if used and facts.get(name) is not None}
 
 
 def _tied(facts: Mapping[str, object]) -> dict[str, object]:

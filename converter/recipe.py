@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from .errors import RecipeError
+from .hf_family import Table, make_family
 from .model import ModelSpec
 
 DTYPES = {
@@ -14,7 +15,9 @@ DTYPES = {
     "float16": torch.float16,
     "float32": torch.float32,
 }
-TARGETS = ("trtllm",)
+TARGETS = ("trtllm", "hf")
+# Bytes of a Hugging Face file: what the Hub's own tools use.
+SHARD_SIZE = 5_000_000_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,6 +27,10 @@ class Recipe:
     `tp_size` and `pp_size` are the target's tensor and pipeline parallel sizes. Experts are split
     `moe_ep_size` ways by expert and `tp_size / moe_ep_size` ways inside each expert. With
     `use_parallel_embedding` the embeddings are sharded by rows, else every rank has them whole.
+
+    For target "hf", `shard_size` is the most bytes of tensors in one file, and `family` the
+    contents of a table for an architecture that the package has none for
+    (docs/adding-an-architecture.md).
 
     Raises:
         RecipeError: a size is not positive, or the target or dtype is not known.
@@ -36,9 +43,11 @@ class Recipe:
     dtype: str = "bfloat16"
     use_parallel_embedding: bool = False
     gpus_per_node: int = 8
+    shard_size: int = SHARD_SIZE
+    family: Table | None = None
 
     def __post_init__(self) -> None:
-        for name in ("tp_size", "pp_size", "moe_ep_size", "gpus_per_node"):
+        for name in ("tp_size", "pp_size", "moe_ep_size", "gpus_per_node", "shard_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise RecipeError(f"{name} must be a whole number of at least 1, found {value!r}")
@@ -52,6 +61,8 @@ class Recipe:
                 f"use_parallel_embedding must be True or False, found "
                 f"{self.use_parallel_embedding!r}"
             )
+        if self.family is not None:
+            make_family(self.family, "of the recipe")
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from .checkpoint import MANIFEST, read_json
 from .convert import CheckpointPlan, Report
+from .hf_family import Table as FamilyTable
 from .model import ModelSpec
 from .sources.source import Source, open_source
 from .verify import SETTINGS, Verification, read_manifest
@@ -56,9 +57,10 @@ def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int
 def plan_table(plan: CheckpointPlan) -> Table:
     """What will be written: a row a file."""
     recipe = plan.recipe
+    split = f" tp {recipe.tp_size} × pp {recipe.pp_size}" if recipe.world_size > 1 else ""
     title = (
-        f"{plan.source.kind} {size(plan.source.nbytes)} → {recipe.target} "
-        f"tp {recipe.tp_size} × pp {recipe.pp_size}, {recipe.dtype}, {size(plan.nbytes)}"
+        f"{plan.source.kind} {size(plan.source.nbytes)} → {recipe.target}{split}, {recipe.dtype}, "
+        f"{size(plan.nbytes)}"
     )
     table = Table("file", "tensors", "size", title=title, title_justify="left")
     for image in plan.images.values():
@@ -104,12 +106,14 @@ def verify_bytes(out: Path, source: Path | None) -> int:
     return int(total) * (1 if source is None else 2)
 
 
-def inspection(path: Path, facts: Mapping[str, Any]) -> Iterator[RenderableType]:
+def inspection(
+    path: Path, facts: Mapping[str, Any], family: FamilyTable | None = None
+) -> Iterator[RenderableType]:
     """Tables about a source or a result."""
     if (path / MANIFEST).is_file():
         yield from _result(path)
         return
-    source = open_source(path)
+    source = open_source(path, family=family)
     yield _facts_table(ModelSpec.from_facts(source.facts, **facts))
     yield _source_table(source)
 

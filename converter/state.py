@@ -14,9 +14,10 @@ from .logical import Model
 from .megatron_names import unwrapped
 from .model import ModelSpec
 from .plan import Allocate, Planned, build
-from .recipe import Recipe, check
+from .recipe import Recipe
 from .sources.megatron import read_model
-from .targets.trtllm import TrtllmRules
+from .targets.table import TARGETS
+from .targets.target import Task
 
 
 def convert_state_dict(
@@ -44,7 +45,7 @@ def convert_state_dict(
     Raises:
         FuseportError: see `errors`; nothing is converted.
     """
-    check(spec, recipe)
+    TARGETS[recipe.target].check(spec, recipe)
     tensors = {unwrapped(name): tensor for name, tensor in weights(state_dict).items()}
     model = read_model(tensors, spec)
     check_complete(model, spec)
@@ -66,8 +67,8 @@ def plan_memory(
 ) -> list[Planned]:
     """Plan over real tensors; by default the target's are on the same device, not yet filled."""
     example = next(iter(tensors.values()))
-    rules = TrtllmRules(model, spec, recipe, zero_row(model, spec, example.device), scales)
-    return build(rules.tensors(), allocate or example.new_empty)
+    task = Task(model, spec, recipe, zero_row(model, spec, example.device), scales)
+    return build(TARGETS[recipe.target].rules(task), allocate or example.new_empty)
 
 
 def run_plan(plan: list[Planned], backend: str) -> None:

@@ -27,8 +27,8 @@ from .errors import FuseportError, VerificationError
 from .model import ModelSpec
 from .plan import batches
 from .recipe import Recipe
-from .targets.trtllm_check import REQUIRED, expected_matrices
-from .targets.trtllm_config import config
+from .targets.table import TARGETS
+from .targets.target import Target
 
 Progress = Callable[[int], None]
 FORMAT = 1
@@ -80,7 +80,8 @@ def verify_checkpoint(
     accounting = None
     if source is not None:
         plan = _plan_again(source, manifest)
-        _same_settings(out / SETTINGS, config(plan.spec, plan.recipe, plan.vocab_size))
+        for name, values in plan.settings().items():
+            _same_settings(out / name, values)
         _compare(out, plan, progress)
         accounting = account(plan)
     nbytes = sum(entry["bytes"] for entry in manifest["files"].values())
@@ -102,14 +103,24 @@ def read_manifest(out: Path) -> dict[str, Any]:
             _expect(Path(name).name == name, f"the file name {name!r}")
             _expect(type(entry["bytes"]) is int and entry["bytes"] >= 0, f"the size of {name}")
             _expect(isinstance(entry["xxh3_128"], str), f"the digest of {name}")
-        ranks = {f"rank{rank}.safetensors" for rank in range(len(manifest["tensors"]))}
-        _expect(set(manifest["tensors"]) == ranks, "the names of the ranks' files")
-        _expect(set(manifest["files"]) == {*ranks, SETTINGS}, "the list of files")
+        _expect(isinstance(manifest["recipe"], dict), "recipe")
+        target = target_of(manifest)
+        names = set(target.file_names(len(manifest["tensors"])))
+        _expect(set(manifest["tensors"]) == names, "the names of the weight files")
+        needed, files = {*names, SETTINGS, *target.needed}, set(manifest["files"])
+        _expect(needed <= files <= needed | target.others, "the list of files")
         for name, digests in manifest["tensors"].items():
             _expect(all(isinstance(one, str) for one in digests.values()), f"digests in {name}")
         _expect(isinstance(manifest["spec"], dict), "spec")
-        _expect(isinstance(manifest["recipe"], dict), "recipe")
     return manifest
+
+
+def target_of(manifest: Mapping[str, Any]) -> Target:
+    """The target that a manifest is of."""
+    name = str(manifest["recipe"].get("target"))
+    if name not in TARGETS:
+        raise VerificationError(f"the manifest's spec or recipe makes no sense (target {name!r})")
+    return TARGETS[name]
 
 
 def _expect(fits: bool, what: str) -> None:
@@ -191,26 +202,25 @@ def _check_digests(out: Path, manifest: Mapping[str, Any], progress: Progress) -
 def _check_structure(out: Path, manifest: Mapping[str, Any]) -> None:
     path = out / SETTINGS
     settings = read_json(path)
-    missing = [name for name in REQUIRED if settings.get(name) is None]
+    target = target_of(manifest)
+    missing = [name for name in target.required if settings.get(name) is None]
     if missing:
         raise VerificationError(f"{path} lacks {', '.join(missing)}; convert again")
     counts = [len(digests) for digests in manifest["tensors"].values()]
     with _sane(path):
-        world, layers = settings["mapping"]["world_size"], settings["num_hidden_layers"]
-        if len(counts) != world:
-            raise VerificationError(f"{out} has {len(counts)} rank files for {world} ranks")
+        layers = settings["num_hidden_layers"]
         _expect(0 < layers <= sum(counts), f"num_hidden_layers = {layers}")
-        shapes = [expected_matrices(settings, rank) for rank in range(world)]
-    for rank, expected in enumerate(shapes):
-        with _opened(out / f"rank{rank}.safetensors") as opened:
+        shapes = target.expected(settings, out, len(counts))
+    for file, expected in shapes.items():
+        with _opened(out / file) as opened:
             names = set(opened.keys())
             for name, shape in expected.items():
                 if name not in names:
-                    raise VerificationError(f"rank {rank} lacks {name} {list(shape)}")
+                    raise VerificationError(f"{file} lacks {name} {list(shape)}")
                 found = tuple(opened.get_slice(name).get_shape())
                 if found != shape:
                     raise VerificationError(
-                        f"rank {rank}: {name} is {list(found)}, config.json calls for {list(shape)}"
+                        f"{file}: {name} is {list(found)}, config.json calls for {list(shape)}"
                     )
 
 
@@ -219,8 +229,10 @@ def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
         facts = dict(manifest["spec"])
         facts["blocks"] = tuple(Block(**block) for block in facts["blocks"])
         facts["moe_layers"] = tuple(facts["moe_layers"])
+        _expect(isinstance(facts["special"], list), "special")
+        facts["special"] = tuple(facts["special"])
         spec, recipe = ModelSpec(**facts), Recipe(**manifest["recipe"])
-    except (KeyError, TypeError, FuseportError) as error:
+    except (KeyError, TypeError, ValueError, FuseportError) as error:
         raise VerificationError(
             f"the manifest's spec or recipe makes no sense ({error}); convert again"
         ) from error
@@ -233,9 +245,10 @@ def _compare(out: Path, plan: CheckpointPlan, progress: Progress) -> None:
     for batch in batches(plan.tensors, BATCH):
         results, _ = compute(batch, plan.stored, fused_copy_ref, device)
         for planned, expected in zip(batch, results, strict=True):
-            with _opened(out / f"rank{planned.rank}.safetensors") as opened:
+            file = plan.images[planned.rank].name
+            with _opened(out / file) as opened:
                 found = opened.get_tensor(planned.name)
-            _same(f"rank {planned.rank}: {planned.name}", found, expected)
+            _same(f"{file}: {planned.name}", found, expected)
             progress(planned.nbytes)
 
 

@@ -16,7 +16,7 @@ EXPECTED = sorted(
     f"fuseport/{path.relative_to(ROOT)}"
     for folder in FOLDERS
     for path in ROOT.glob(f"{folder}/**/*")
-    if path.suffix == ".py" or path.name == "py.typed"
+    if path.suffix in (".py", ".yaml") or path.name == "py.typed"
 )
 
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from ..errors import ShapeError, SourceError
+from ..hf_family import Table
+from ..logical import Model
+from ..model import ModelSpec
 from ..plan import storage_key
+from ..targets.target import Origin
+from .hf import is_hf, read_hf
+from .hf_model import read_hf_model
+from .megatron import read_model
 from .mp_rank import merge_shards, read_mp_rank
 from .stored import Stored
 from .torch_dist import read_torch_dist
@@ -26,6 +35,9 @@ class Source:
     `tensors` are meta views by Megatron-Core's in-memory names, one per layer; `stored` maps
     their storages to what has to be read. `facts` are as found; `ignored` says why a key is not
     a weight.
+
+    `read` turns tensors into logical views; `embedding` and `output` are the keys of the two
+    tensors that may have rows to drop.
     """
 
     origin: Path
@@ -34,6 +46,10 @@ class Source:
     stored: Mapping[int, Stored]
     facts: Mapping[str, object]
     ignored: Mapping[str, str]
+    read: Callable[[Mapping[str, torch.Tensor], ModelSpec], Model] = read_model
+    embedding: str = "embedding.word_embeddings.weight"
+    output: str = "output_layer.weight"
+    handed_on: Origin = field(default_factory=Origin)
 
     @property
     def nbytes(self) -> int:
@@ -41,29 +57,49 @@ class Source:
         return sum(stored.nbytes for stored in self.stored.values())
 
 
-def open_source(path: Path, facts: Mapping[str, object] | None = None) -> Source:
-    """Open a torch_dist checkpoint or a legacy `mp_rank_*` directory; reads no weights.
+def open_source(
+    path: Path, facts: Mapping[str, object] | None = None, family: Table | None = None
+) -> Source:
+    """Open a checkpoint of Megatron (torch_dist, `mp_rank_*`) or Hugging Face; reads no weights.
 
-    `facts` replace the source's own where shards have to be put together.
+    `facts` replace the source's own where shards have to be put together; `family` is the contents
+    of a table for a Hugging Face source's family.
 
     Raises:
         SourceError: it is neither, or cannot be read safely.
     """
     try:
-        return _open(Path(path), facts or {})
+        return _open(Path(path), facts or {}, family)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _open(path: Path, facts: Mapping[str, object]) -> Source:
+def _open(path: Path, facts: Mapping[str, object], family: Table | None) -> Source:
     if not path.is_dir():
-        raise SourceError(f"{path} is not a directory; expected a Megatron checkpoint")
+        raise SourceError(
+            f"{path} is not a directory; expected a checkpoint of Megatron or Hugging Face"
+        )
+    if is_hf(path):
+        return _open_hf(path, family)
     if _legacy(path) is not None:
         legacy = read_mp_rank(path)
         stored = merge_shards(legacy.shards, {**legacy.facts, **facts})
         return make_source(path, "mp_rank", stored, legacy.facts, legacy.ignored)
     opened = read_torch_dist(path)
     return make_source(opened.origin, "torch_dist", opened.tensors, opened.facts, opened.ignored)
+
+
+def _open_hf(path: Path, table: Table | None) -> Source:
+    found = read_hf(path, table)
+    family = found.family
+    source = make_source(path, "hf", found.tensors, found.facts, found.ignored)
+    return dataclasses.replace(
+        source,
+        read=partial(read_hf_model, family=family),
+        embedding=family.names("embedding")[0],
+        output=family.names("output")[0],
+        handed_on=Origin(family, found.config, found.generation),
+    )
 
 
 def _legacy(path: Path) -> Path | None:

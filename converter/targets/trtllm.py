@@ -20,9 +20,9 @@ import torch
 
 from fuseport.kernels.move import GivenScale
 
-from ..errors import RecipeError, ShapeError
+from ..errors import RecipeError, ShapeError, UnsupportedOptionError
 from ..layout import Layout, Stack, cat, flat_columns, flat_rows
-from ..logical import Attention, Half, Layer, Linear, Mlp, Model, Moe, Norm
+from ..logical import Attention, Half, LatentAttention, Layer, Linear, Mlp, Model, Moe, Norm
 from ..model import ModelSpec
 from ..recipe import Recipe
 from .parts import Part, Shard, TargetTensor, Unit
@@ -130,6 +130,7 @@ class TrtllmRules:
         return cat(real, self.zero_row.expand(rows - real.shape[0], -1))
 
     def _layer(self, layer: Layer, shard: Shard) -> Iterator[Part]:
+        refuse_parts(layer)
         names = self.names
         if layer.input_norm is not None:
             yield from norm(names.input_norm, layer.input_norm)
@@ -147,6 +148,36 @@ class TrtllmRules:
         elif isinstance(layer.mlp, Linear):
             weight = shard.rows(layer.mlp.weight)
             yield Part(names.mlp + ".weight", weight, group=names.mlp)
+
+
+def refuse_special(spec: ModelSpec) -> None:
+    """Raise UnsupportedOptionError if the model has an option that `config.json` cannot say."""
+    if spec.special or spec.model_type not in FAMILIES:
+        what = ", ".join(spec.special) or "a family that the format does not know"
+        raise UnsupportedOptionError(
+            f"the model has {what}, which TensorRT-LLM's unified checkpoint is not written with; "
+            f"choose --target hf"
+        )
+
+
+def refuse_parts(layer: Layer) -> None:
+    """Raise UnsupportedOptionError if a layer has a part that no rule here lays out."""
+    parts = {
+        "a norm behind attention or MLP": layer.attention_out_norm or layer.mlp_out_norm,
+        "multi-latent attention": isinstance(layer.attention, LatentAttention),
+        "attention sinks": isinstance(layer.attention, Attention)
+        and layer.attention.sinks is not None,
+        "a router with a bias": isinstance(layer.mlp, Moe)
+        and layer.mlp.router_linear_bias is not None,
+        "experts with biases": isinstance(layer.mlp, Moe)
+        and any(one.down_bias is not None for one in layer.mlp.experts),
+    }
+    for what, there in parts.items():
+        if there:
+            raise UnsupportedOptionError(
+                f"the model has {what}, for which TensorRT-LLM's unified checkpoint has no place "
+                f"here; choose --target hf"
+            )
 
 
 def norm(name: str, weights: Norm) -> Iterator[Part]:

@@ -1,0 +1,1 @@
+"""Tables of architectures in the Hugging Face layout, a file each."""

@@ -1,0 +1,209 @@
+"""Architectures as Hugging Face names them: a table each, in `families/` or in a user's file.
+
+The same table drives both ways: a source looks a part's tensor up by its names, a target writes
+the first of them. docs/adding-an-architecture.md says what a table holds. A registry of classes
+was turned down: it would take code in the package to add an architecture.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import yaml
+
+from .errors import RecipeError
+
+# Part → the group of its weight: what engines fuse it into; `{parent}` is its module's parent.
+GROUPS = {
+    "q": "{parent}.qkv_proj",
+    "k": "{parent}.qkv_proj",
+    "v": "{parent}.qkv_proj",
+    "gate": "{parent}.gate_up_proj",
+    "up": "{parent}.gate_up_proj",
+    "expert.gate": "{parent}.gate_up_proj",
+    "expert.up": "{parent}.gate_up_proj",
+    "shared.gate": "{parent}.gate_up_proj",
+    "shared.up": "{parent}.gate_up_proj",
+    # vLLM and SGLang fuse the two projections that read the layer's input.
+    "q_down": "{parent}.fused_qkv_a_proj",
+    "kv_down": "{parent}.fused_qkv_a_proj",
+    **dict.fromkeys(
+        ("output", "out", "down", "expert.down", "shared.down", "q_up", "kv_up"), "{module}"
+    ),
+}
+MODULES = (
+    *GROUPS, "embedding", "final_norm", "input_norm", "mlp_norm", "attention_out_norm",
+    "mlp_out_norm", "q_norm", "k_norm", "q_down_norm", "kv_down_norm", "router", "shared_gate",
+)  # fmt: skip
+TENSORS = (
+    "router_bias", "sinks", "experts.gate_up", "experts.gate_up_bias", "experts.down",
+    "experts.down_bias",
+)  # fmt: skip
+NEEDED = ("model_type", "architecture", "modules", "config")
+TABLES = ("modules", "tensors", "config", "facts", "defaults", "written")
+OTHERS = (
+    "model_type", "architecture", "unified", "special", "zero_centred_norms",
+    "alternating_experts", "drops_extra_layers", "like",
+)  # fmt: skip
+
+Table = Mapping[str, object]
+Names = Mapping[str, tuple[str, ...]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One architecture.
+
+    `unified` is the family of TensorRT-LLM's unified checkpoint that it becomes, None if there is
+    none. `config` maps a fact to its keys in config.json, `facts` are fixed ones, `defaults` stand
+    for keys that config.json leaves out, `written` goes into a config.json made from facts.
+    `special` names options that all of its models have and no fact says. `drops_extra_layers` is
+    the key with the number of layers behind the last one that are not converted.
+    """
+
+    model_type: str
+    architecture: str
+    modules: Names
+    config: Names
+    unified: str | None = None
+    tensors: Names = field(default_factory=dict)
+    facts: Table = field(default_factory=dict)
+    defaults: Table = field(default_factory=dict)
+    written: Table = field(default_factory=dict)
+    special: tuple[str, ...] = ()
+    zero_centred_norms: bool = False
+    alternating_experts: bool = False
+    drops_extra_layers: str | None = None
+
+    @property
+    def norm_shift(self) -> float:
+        """What is added to a stored norm weight to get the true one."""
+        return 1.0 if self.zero_centred_norms else 0.0
+
+    def module(self, part: str, layer: int = 0, expert: int = 0) -> tuple[str, ...]:
+        """The names of a part's module; none if the family has no such part."""
+        return _filled(self.modules.get(part, ()), layer, expert)
+
+    def names(
+        self, part: str, kind: str = "weight", layer: int = 0, expert: int = 0
+    ) -> tuple[str, ...]:
+        """The names of a part's tensor, the one that is written first."""
+        modules = self.module(part, layer, expert)
+        return tuple(f"{module}.{kind}" for module in modules) or _filled(
+            self.tensors.get(part, ()), layer, expert
+        )
+
+    def group(self, part: str, layer: int = 0, expert: int = 0) -> str:
+        """What engines fuse a part's weight into; "" where it is never quantised."""
+        module = self.module(part, layer, expert)[0]
+        parent = module.rpartition(".")[0]
+        return GROUPS.get(part, "").format(module=module, parent=parent)
+
+
+def _filled(names: tuple[str, ...], layer: int, expert: int) -> tuple[str, ...]:
+    return tuple(name.replace("{i}", str(layer)).replace("{e}", str(expert)) for name in names)
+
+
+@functools.cache
+def packaged() -> dict[str, Family]:
+    """model_type → family, of the tables in the package."""
+    tables = _packaged_tables()
+    return {name: make_family(table, name) for name, table in tables.items()}
+
+
+def _packaged_tables() -> dict[str, dict[str, object]]:
+    folder = importlib.resources.files(f"{__package__}.families")
+    files = sorted((file for file in folder.iterdir()), key=lambda file: file.name)
+    tables = [yaml.safe_load(file.read_text()) for file in files if ".yaml" in file.name]
+    return {table["model_type"]: table for table in tables}
+
+
+def make_family(table: Table, where: str) -> Family:
+    """A family from the contents of its table; `like` starts from a packaged one.
+
+    Raises:
+        RecipeError: a part or a key is not known, or one is missing.
+    """
+    try:
+        if not isinstance(table, Mapping):
+            raise TypeError(f"{table!r} is no table")
+        merged = _inherited(table, where)
+        missing = [name for name in NEEDED if not merged.get(name)]
+        if missing:
+            raise RecipeError(f"the family {where} lacks {', '.join(missing)}")
+        _check_names(merged, where)
+        values = dict(merged)
+        for name in ("modules", "tensors", "config"):
+            values[name] = {part: _names(one) for part, one in _table(merged, name, where).items()}
+        values["special"] = _names(merged.get("special") or ())
+        return Family(**values)  # type: ignore[arg-type]
+    except (TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise RecipeError(
+            f"the family {where} makes no sense: {error}; see docs/adding-an-architecture.md"
+        ) from error
+
+
+def _names(value: object) -> tuple[str, ...]:
+    names = (value,) if isinstance(value, str) else value
+    if not isinstance(names, (list, tuple)) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{value!r} is neither a name nor a list of names")
+    return tuple(names)
+
+
+def _table(merged: Table, name: str, where: str) -> Mapping[str, object]:
+    table = merged.get(name) or {}
+    if not isinstance(table, Mapping):
+        raise RecipeError(f"the family {where}: {name} must be a table of 'name: value' lines")
+    return table
+
+
+def _inherited(table: Table, where: str) -> dict[str, object]:
+    """The table over the one that it is like; null takes a line away."""
+    unknown = [name for name in table if name not in (*TABLES, *OTHERS)]
+    if unknown:
+        raise RecipeError(
+            f"the family {where}: {unknown[0]!r} is none of {', '.join((*OTHERS, *TABLES))}"
+        )
+    parent = table.get("like")
+    if parent is None:
+        return {name: value for name, value in table.items() if name != "like"}
+    tables = _packaged_tables()
+    if parent not in tables:
+        raise RecipeError(f"the family {where} is like {parent!r}; known: {', '.join(tables)}")
+    merged = _inherited(tables[str(parent)], str(parent))
+    for name in TABLES:
+        # A default may be null itself.
+        both = {**_table(merged, name, where), **_table(table, name, where)}
+        keep = name in ("defaults", "written")
+        merged[name] = {key: value for key, value in both.items() if keep or value is not None}
+    rest = {name: value for name, value in table.items() if name not in (*TABLES, "like")}
+    return merged | rest
+
+
+def _check_names(merged: Table, where: str) -> None:
+    for name, known in (("modules", MODULES), ("tensors", TENSORS)):
+        for part in _table(merged, name, where):
+            if part not in known:
+                raise RecipeError(
+                    f"the family {where}: {name} has {part!r}, which is none of {', '.join(known)}"
+                )
+
+
+def family_of(model_type: str, own: Table | None) -> Family:
+    """The user's family if there is one, else the packaged one of that name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    if own is not None:
+        return make_family(own, str(own.get("model_type")))
+    if model_type not in packaged():
+        raise RecipeError(
+            f"no table for model_type {model_type!r} in the Hugging Face layout; known: "
+            f"{', '.join(packaged())}; give one with --family FILE "
+            f"(docs/adding-an-architecture.md), or another with --fact model_type=NAME"
+        )
+    return packaged()[model_type]

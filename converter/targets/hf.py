@@ -1,0 +1,229 @@
+"""The Hugging Face layout: whole tensors, by the names of a family's table.
+
+It is what transformers, vLLM, SGLang and TensorRT-LLM from 1.3 on load; they split tensors over
+ranks themselves. Names: `families/*.yaml`, each written beside the family's class in transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from ..errors import RecipeError, ShapeError, UnsupportedOptionError
+from ..hf_family import Family
+from ..layout import Alternate, Layout, Stack, flat_columns, flat_rows
+from ..logical import (
+    Attention,
+    Half,
+    LatentAttention,
+    Layer,
+    LowRank,
+    Mlp,
+    Model,
+    Moe,
+    Norm,
+    Projection,
+)
+from ..model import ModelSpec
+from ..recipe import Recipe
+from .parts import TargetTensor
+
+
+class HfRules:
+    """Lays a model out as a single rank's whole tensors.
+
+    Args:
+        model: the whole model's logical views.
+        spec: its facts.
+        recipe: the choice of dtype.
+        family: the table of names.
+
+    Raises:
+        UnsupportedOptionError: the model has a part that the family has no name for.
+    """
+
+    def __init__(self, model: Model, spec: ModelSpec, recipe: Recipe, family: Family) -> None:
+        self.model, self.spec, self.recipe, self.family = model, spec, recipe, family
+
+    def tensors(self) -> Iterator[TargetTensor]:
+        """Every tensor: the embedding, the layers, the output."""
+        model, names = self.model, _Names(self.family, self.recipe.torch_dtype, 0)
+        if model.positions is not None:
+            raise UnsupportedOptionError(
+                f"the model has learned positions, for which the family "
+                f"{self.family.model_type} has no tensor"
+            )
+        if model.embedding is not None:
+            yield names.tensor("embedding", self._vocabulary(model.embedding))
+        for index, layer in enumerate(model.layers):
+            yield from _layer(_Names(self.family, self.recipe.torch_dtype, index), layer)
+        if model.final_norm is not None:
+            yield from names.norm("final_norm", model.final_norm)
+        if model.output is not None:
+            yield names.tensor("output", self._vocabulary(model.output))
+
+    def _vocabulary(self, table: torch.Tensor) -> torch.Tensor:
+        size = self.spec.vocab_size or table.shape[0]
+        if size > table.shape[0]:
+            raise ShapeError(
+                f"vocab_size = {size}, but the embedding has {table.shape[0]} rows; correct it "
+                f"with --vocab-size"
+            )
+        return table[:size]
+
+
+class _Names:
+    """Target tensors of one layer by the names of its parts."""
+
+    def __init__(self, family: Family, dtype: torch.dtype, layer: int) -> None:
+        self.family, self.dtype, self.layer = family, dtype, layer
+
+    def tensor(
+        self,
+        part: str,
+        layout: Layout,
+        kind: str = "weight",
+        expert: int = 0,
+        *,
+        shift: float = 0.0,
+        dtype: torch.dtype | None = None,
+    ) -> TargetTensor:
+        names = self.family.names(part, kind, self.layer, expert)
+        if not names:
+            raise UnsupportedOptionError(
+                f"layer {self.layer} has a part {part!r}, for which the family "
+                f"{self.family.model_type} has no name; choose another with --fact "
+                f"model_type=NAME, or give a table with --family FILE"
+            )
+        group = ""
+        if kind == "weight" and self.family.module(part):
+            group = self.family.group(part, self.layer, expert)
+        return TargetTensor(0, names[0], layout, dtype or self.dtype, shift, group=group)
+
+    def linear(
+        self, part: str, weight: Layout, bias: Layout | None, expert: int = 0
+    ) -> Iterator[TargetTensor]:
+        yield self.tensor(part, weight, expert=expert)
+        if bias is not None:
+            yield self.tensor(part, bias, "bias", expert)
+
+    def norm(self, part: str, norm: Norm | None) -> Iterator[TargetTensor]:
+        """Weights as the family stores them: with or without their 1."""
+        if norm is not None:
+            shift = norm.shift - self.family.norm_shift
+            yield self.tensor(part, norm.weight, shift=shift)
+            if norm.bias is not None:
+                yield self.tensor(part, norm.bias, "bias")
+
+    def module(self, part: str) -> bool:
+        return bool(self.family.module(part))
+
+
+def _layer(names: _Names, layer: Layer) -> Iterator[TargetTensor]:
+    yield from names.norm("input_norm", layer.input_norm)
+    if isinstance(layer.attention, Attention):
+        yield from attention(names, layer.attention)
+    elif isinstance(layer.attention, LatentAttention):
+        yield from latent_attention(names, layer.attention)
+    yield from names.norm("attention_out_norm", layer.attention_out_norm)
+    yield from names.norm("mlp_norm", layer.mlp_norm)
+    if isinstance(layer.mlp, Mlp):
+        yield from mlp(names, "", layer.mlp)
+    elif isinstance(layer.mlp, Moe):
+        yield from moe(names, layer.mlp)
+    yield from names.norm("mlp_out_norm", layer.mlp_out_norm)
+
+
+def attention(names: _Names, weights: Attention) -> Iterator[TargetTensor]:
+    """Heads in order. No permutation: Megatron and transformers both rotate halves of a head."""
+    for part, one in (("q", weights.q), ("k", weights.k), ("v", weights.v)):
+        yield from projection(names, part, one)
+    yield from names.linear("out", flat_columns(weights.out), weights.out_bias)
+    yield from names.norm("q_norm", weights.q_norm)
+    yield from names.norm("k_norm", weights.k_norm)
+    if weights.sinks is not None:
+        yield names.tensor("sinks", flat_rows(weights.sinks, 2))
+
+
+def projection(names: _Names, part: str, one: Projection) -> Iterator[TargetTensor]:
+    """All heads' rows, and their bias."""
+    axes = one.weight.ndim - 1
+    bias = None if one.bias is None else flat_rows(one.bias, axes)
+    yield from names.linear(part, flat_rows(one.weight, axes), bias)
+
+
+def latent_attention(names: _Names, weights: LatentAttention) -> Iterator[TargetTensor]:
+    """The low-rank parts as they are."""
+    if isinstance(weights.q, LowRank):
+        yield from low_rank(names, "q", weights.q)
+    else:
+        yield names.tensor("q", weights.q)
+    yield from low_rank(names, "kv", weights.kv)
+    yield names.tensor("out", weights.out)
+
+
+def low_rank(names: _Names, part: str, weights: LowRank) -> Iterator[TargetTensor]:
+    """Down, norm, up."""
+    yield names.tensor(f"{part}_down", weights.down)
+    yield from names.norm(f"{part}_down_norm", weights.norm)
+    yield names.tensor(f"{part}_up", weights.up)
+
+
+def mlp(names: _Names, prefix: str, weights: Mlp, expert: int = 0) -> Iterator[TargetTensor]:
+    """Gate (where there is one), up and down."""
+    if weights.gate is not None:
+        yield from half(names, f"{prefix}gate", weights.gate, expert)
+    yield from half(names, f"{prefix}up", weights.up, expert)
+    yield from names.linear(f"{prefix}down", weights.down, weights.down_bias, expert)
+
+
+def half(names: _Names, part: str, weights: Half, expert: int) -> Iterator[TargetTensor]:
+    """One half of an MLP's first matrix."""
+    yield from names.linear(part, weights.weight, weights.bias, expert)
+
+
+def moe(names: _Names, weights: Moe) -> Iterator[TargetTensor]:
+    """The router in the model's dtype, as the family has it; experts one by one, or together."""
+    yield from names.linear("router", weights.router, weights.router_linear_bias)
+    if weights.router_bias is not None:
+        # It is added to scores that differ little: DeepSeek's own checkpoints keep fp32.
+        yield names.tensor("router_bias", weights.router_bias, dtype=torch.float32)
+    if names.module("expert.up"):
+        for number, expert in enumerate(weights.experts):
+            yield from mlp(names, "expert.", expert, number)
+    else:
+        yield from together(names, weights.experts)
+    if weights.shared is not None:
+        yield from mlp(names, "shared.", weights.shared)
+    if weights.shared_gate is not None:
+        yield names.tensor("shared_gate", weights.shared_gate)
+
+
+def together(names: _Names, experts: tuple[Mlp, ...]) -> Iterator[TargetTensor]:
+    """GPT-OSS: [E, H, 2F] with gate and up in turn, [E, F, H], and their biases."""
+    first = [tuple(half.weight.mT for half in one.halves) for one in experts]
+    yield names.tensor("experts.gate_up", Stack(tuple(map(Alternate, first))))
+    biases = [tuple(half.bias for half in one.halves if half.bias is not None) for one in experts]
+    if all(biases):
+        yield names.tensor("experts.gate_up_bias", Stack(tuple(map(Alternate, biases))))
+    yield names.tensor("experts.down", Stack(tuple(one.down.mT for one in experts)))
+    down_biases = tuple(one.down_bias for one in experts if one.down_bias is not None)
+    if down_biases:
+        yield names.tensor("experts.down_bias", Stack(down_biases))
+
+
+def check_hf(spec: ModelSpec, recipe: Recipe) -> None:
+    """Raise RecipeError for an option, or UnsupportedOptionError for a model, that has no place."""
+    for option, usual in (
+        ("tp_size", 1), ("pp_size", 1), ("moe_ep_size", 1), ("use_parallel_embedding", False),
+    ):  # fmt: skip
+        if getattr(recipe, option) != usual:
+            raise RecipeError(
+                f"{option} = {getattr(recipe, option)} has no meaning for target hf, whose tensors "
+                f"are whole: the engine splits them; leave it out"
+            )
+    if spec.blocks:
+        raise UnsupportedOptionError(
+            "the model's layers differ from each other (blocks), which target hf does not lay out"
+        )

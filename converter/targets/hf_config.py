@@ -1,0 +1,120 @@
+"""`config.json` for the Hugging Face layout: the source's own, or made from the facts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Mapping
+
+from ..errors import UnsupportedOptionError
+from ..hf_family import Family
+from ..model import ModelSpec
+from ..recipe import Recipe
+from ..sources.hf_config import LLAMA3, facts_of
+
+# transformers' names of activation functions. Megatron's gelu is the exact one.
+ACTIVATIONS = {"squared_relu": "relu2", "gelu": "gelu"}
+
+# What a family stores in its own way, what a target's vocabulary says, and what has no key.
+OWN_WAY = (
+    "layernorm_zero_centered_gamma", "vocab_size", "model_type", "num_local_experts", "moe_layers",
+    "max_position_embeddings",
+)  # fmt: skip
+
+
+OTHER_FAMILY = (
+    "choose another family with --fact model_type=NAME, or give a table with --family FILE"
+)
+OWN_CONFIG = "the source's config.json is taken over, so correct it there"
+
+
+def hf_config(
+    spec: ModelSpec,
+    recipe: Recipe,
+    vocab_size: int,
+    family: Family,
+    own: Mapping[str, object] | None = None,
+) -> dict[str, object]:
+    """The contents of config.json.
+
+    Args:
+        spec, recipe, family: as for the rules.
+        vocab_size: rows of the embedding as written.
+        own: the source's config.json, if it has one: it is kept, but for dtype and vocabulary.
+
+    Raises:
+        UnsupportedOptionError: the family cannot say one of the facts, or `own` says another.
+    """
+    spec = spec.replace(vocab_size=vocab_size)
+    if own is None:
+        config = _from_facts(spec, family)
+        _check_says(spec, config, family, {*OWN_WAY, *_idle(spec)}, OTHER_FAMILY)
+    else:
+        config = dict(own)
+        _check_says(spec, config, family, {"vocab_size"}, OWN_CONFIG)
+    config["vocab_size"] = vocab_size
+    # From 5 on transformers calls it dtype; engines know the old name.
+    config |= {"dtype": recipe.dtype, "torch_dtype": recipe.dtype}
+    if family.drops_extra_layers:
+        config[family.drops_extra_layers] = 0
+    return config
+
+
+def _from_facts(spec: ModelSpec, family: Family) -> dict[str, object]:
+    config: dict[str, object] = {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        **{key: value for key, value in family.defaults.items() if value is not None},
+        **family.written,
+        "hidden_act": ACTIVATIONS.get(spec.activation_func, spec.activation_func),
+    }
+    for fact, keys in family.config.items():
+        value = getattr(spec, fact)
+        if value is not None:
+            config[keys[0]] = ACTIVATIONS.get(value, value) if fact == "activation_func" else value
+    return config | _rope(spec) | _experts(spec)
+
+
+def _rope(spec: ModelSpec) -> dict[str, object]:
+    """The spelling of transformers 4, which engines read and transformers 5 takes over."""
+    scaling: dict[str, object] | None = None
+    if spec.rope_scaling_factor is not None:
+        scaling = {"rope_type": "llama3", "factor": spec.rope_scaling_factor, **LLAMA3}
+    elif spec.seq_len_interpolation_factor is not None:
+        scaling = {"rope_type": "linear", "factor": spec.seq_len_interpolation_factor}
+    return {"rope_theta": spec.rotary_base, "rope_scaling": scaling}
+
+
+def _experts(spec: ModelSpec) -> dict[str, object]:
+    dense = [layer for layer in range(spec.num_layers) if not spec.is_moe(layer)]
+    return {"mlp_only_layers": dense} if spec.num_moe_experts and dense else {}
+
+
+def _idle(spec: ModelSpec) -> tuple[str, ...]:
+    """Facts that say nothing about this model: of experts without experts, or of dense layers."""
+    if not spec.num_moe_experts:
+        return "moe_router_topk", "moe_ffn_hidden_size", "moe_shared_expert_intermediate_size"
+    dense = any(not spec.is_moe(layer) for layer in range(spec.num_layers))
+    return () if dense else ("ffn_hidden_size",)
+
+
+def _check_says(
+    spec: ModelSpec,
+    config: Mapping[str, object],
+    family: Family,
+    passed_over: Collection[str],
+    hint: str,
+) -> None:
+    """Read the config back: a fact that comes back otherwise is one that it cannot say."""
+    back = ModelSpec.from_facts(facts_of(config, family))
+    layers = range(spec.num_layers)
+    if [back.is_moe(layer) for layer in layers] != [spec.is_moe(layer) for layer in layers]:
+        raise UnsupportedOptionError(
+            f"the family {family.model_type} cannot say which layers have experts"
+        )
+    for fact in dataclasses.fields(ModelSpec):
+        mine, its = getattr(spec, fact.name), getattr(back, fact.name)
+        if fact.name not in passed_over and mine != its:
+            raise UnsupportedOptionError(
+                f"the model has {fact.name} = {mine!r}, but its config.json of the family "
+                f"{family.model_type} means {its!r}; {hint}"
+            )

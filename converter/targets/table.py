@@ -1,0 +1,133 @@
+"""The targets, a row each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import read_json
+from ..errors import RecipeError
+from ..hf_family import Family, family_of
+from ..model import ModelSpec
+from ..plan import Planned, batches
+from ..recipe import Recipe, check
+from . import hf_check, trtllm_check
+from .hf import HfRules, check_hf
+from .hf_config import hf_config
+from .parts import TargetTensor
+from .target import Origin, Shapes, Target, Task
+from .trtllm import TrtllmRules, refuse_special
+from .trtllm_config import config
+
+CONFIG = "config.json"
+INDEX = "model.safetensors.index.json"
+GENERATION = "generation_config.json"
+
+# Files beside the weights that say how text becomes tokens; others are not copied.
+ASSETS = frozenset({
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json",
+    "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja", "chat_template.json",
+    "tekken.json",
+})  # fmt: skip
+
+Sizes = Mapping[str, Mapping[str, int]]
+Settings = dict[str, Mapping[str, object]]
+
+
+def _check_trtllm(spec: ModelSpec, recipe: Recipe) -> None:
+    refuse_special(spec)
+    check(spec, recipe)
+
+
+def _trtllm_rules(task: Task) -> Iterator[TargetTensor]:
+    rules = TrtllmRules(task.model, task.spec, task.recipe, task.zero_row, task.scales)
+    return rules.tensors()
+
+
+def _by_rank(tensors: Sequence[Planned], recipe: Recipe) -> list[int]:
+    return [planned.rank for planned in tensors]
+
+
+def _rank_names(count: int) -> list[str]:
+    return [f"rank{rank}.safetensors" for rank in range(count)]
+
+
+def _trtllm_settings(
+    spec: ModelSpec, recipe: Recipe, vocab_size: int, origin: Origin, tensors: Sizes
+) -> Settings:
+    return {CONFIG: config(spec, recipe, vocab_size)}
+
+
+def _trtllm_expected(settings: Mapping[str, Any], out: Path, count: int) -> dict[str, Shapes]:
+    world = settings["mapping"]["world_size"]
+    if world != count:
+        raise ValueError(f"there are {count} rank files for {world} ranks")
+    shapes = [trtllm_check.expected_matrices(settings, rank) for rank in range(world)]
+    return dict(zip(_rank_names(world), shapes, strict=True))
+
+
+def _family(spec: ModelSpec, recipe: Recipe, origin: Origin) -> Family:
+    return origin.family or family_of(spec.model_type, recipe.family)
+
+
+def _hf_rules(task: Task) -> Iterator[TargetTensor]:
+    if task.scales:
+        raise RecipeError("target hf takes no scales yet; leave them out")
+    family = _family(task.spec, task.recipe, task.origin)
+    return HfRules(task.model, task.spec, task.recipe, family).tensors()
+
+
+def _shards(tensors: Sequence[Planned], recipe: Recipe) -> list[int]:
+    """Consecutive tensors of at most `shard_size` bytes together; a larger one comes alone."""
+    shards = batches(tensors, recipe.shard_size)
+    return [number for number, shard in enumerate(shards) for _ in shard]
+
+
+def _shard_names(count: int) -> list[str]:
+    return [f"model-{number + 1:05d}-of-{count:05d}.safetensors" for number in range(count)]
+
+
+def _hf_settings(
+    spec: ModelSpec, recipe: Recipe, vocab_size: int, origin: Origin, tensors: Sizes
+) -> Settings:
+    family = _family(spec, recipe, origin)
+    files: Settings = {
+        CONFIG: hf_config(spec, recipe, vocab_size, family, origin.config),
+        INDEX: {
+            "metadata": {"total_size": sum(sum(one.values()) for one in tensors.values())},
+            "weight_map": {name: file for file, one in tensors.items() for name in sorted(one)},
+        },
+    }
+    return files if origin.generation is None else {**files, GENERATION: origin.generation}
+
+
+def _hf_expected(settings: Mapping[str, Any], out: Path, count: int) -> dict[str, Shapes]:
+    return dict(hf_check.expected_by_file(settings, read_json(out / INDEX), _shard_names(count)))
+
+
+TARGETS: dict[str, Target] = {
+    "trtllm": Target(
+        check=_check_trtllm,
+        rules=_trtllm_rules,
+        files=_by_rank,
+        file_names=_rank_names,
+        metadata={},
+        settings=_trtllm_settings,
+        required=trtllm_check.REQUIRED,
+        expected=_trtllm_expected,
+    ),
+    "hf": Target(
+        check=check_hf,
+        rules=_hf_rules,
+        files=_shards,
+        file_names=_shard_names,
+        # transformers loads no file without it.
+        metadata={"format": "pt"},
+        settings=_hf_settings,
+        required=hf_check.REQUIRED,
+        expected=_hf_expected,
+        needed=(INDEX,),
+        others=frozenset({GENERATION, *ASSETS}),
+    ),
+}
