@@ -19,7 +19,7 @@ from .convert import convert_checkpoint, plan_checkpoint
 from .demo import write_demo_checkpoint
 from .errors import FuseportError, RecipeError
 from .hf_family import make_family
-from .recipe import SHARD_SIZE, Recipe
+from .recipe import SHARD_SIZE, USUAL_EXCLUDES, Recipe
 from .verify import verify_checkpoint
 
 app = typer.Typer(
@@ -60,6 +60,13 @@ def convert(
     pp: Annotated[int, typer.Option(help="Pipeline parallel size of the target.")] = 1,
     ep: Annotated[int, typer.Option(help="Ranks that share out the experts; divides tp.")] = 1,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    quant: Annotated[
+        str, typer.Option(help="none, fp8, fp8-row, fp8-block or mxfp8; scales from the weights.")
+    ] = "none",
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of modules not to quantise, beside lm_head; may be repeated."),
+    ] = None,
     vocab_size: Annotated[int | None, typer.Option(help="The tokenizer's, unpadded.")] = None,
     parallel_embedding: Annotated[bool, typer.Option(help="Shard the embeddings.")] = False,
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
@@ -83,6 +90,8 @@ def convert(
         moe_ep_size=ep,
         dtype=dtype,
         use_parallel_embedding=parallel_embedding,
+        quant=quant,
+        exclude=(*USUAL_EXCLUDES, *(exclude or ())),
         shard_size=shard_size,
         family=_table(family),
     )

@@ -24,7 +24,8 @@ from .checkpoint import (
     write_json,
 )
 from .model import ModelSpec
-from .plan import Planned, batches, bind, build, intervals, on_meta, storage_key
+from .plan import Planned, batches, bind, intervals, on_meta, storage_key
+from .quantise import build, on_real
 from .recipe import Recipe
 from .sources.source import Source, open_source
 from .sources.stored import Piece, Stored
@@ -77,8 +78,9 @@ class CheckpointPlan:
         for planned in self.tensors:
             sizes[self.images[planned.rank].name][planned.name] = planned.nbytes
         return self.target.settings(
-            self.spec, self.recipe, self.vocab_size, self.source.handed_on, sizes
-        )
+            self.spec, self.recipe, self.vocab_size, self.source.handed_on, sizes,
+            sorted({planned.unquantised for planned in self.tensors} - {""}),
+        )  # fmt: skip
 
     def padding_rows(self) -> dict[str, int]:
         """Source tensor → elements that are dropped on purpose: training's vocabulary padding.
@@ -126,7 +128,8 @@ def plan_checkpoint(
     padding = Stored(PADDING, tuple(zeros.shape), zeros.dtype, (piece,))
     task = Task(model, spec, recipe, twin, origin=opened.handed_on)
     stored = {**opened.stored, storage_key(twin): padding}
-    tensors, images = file_images(target, build(target.rules(task), on_meta), recipe)
+    planned = list(build(list(target.rules(task)), recipe, on_meta))
+    tensors, images = file_images(target, planned, recipe)
     plan = CheckpointPlan(opened, spec, recipe, tensors, stored, images)
     # What a target's settings cannot say is an error before anything is read.
     plan.settings()
@@ -224,11 +227,13 @@ def compute(
         The tensors, and for each (saturated, non-finite) element counts.
     """
     memory = _load((move.src for one in batch for move in one.moves), stored, device)
-    results, moves = [], []
-    for planned in batch:
-        dst = torch.empty(planned.dst.shape, dtype=planned.dst.dtype, device=device)
-        results.append(dst)
-        moves.append([_bound(move, dst, memory) for move in planned.moves])
+    results = [torch.empty_like(planned.dst, device=device) for planned in batch]
+    # Where scales land: in tensors of the batch, or (an amax) in scratch memory.
+    real = {storage_key(one.dst): dst for one, dst in zip(batch, results, strict=True)}
+    moves = [
+        [_bound(move, dst, memory, real) for move in planned.moves]
+        for planned, dst in zip(batch, results, strict=True)
+    ]
     counts = run_all(run, [move for group in moves for move in group], True)
     assert counts is not None
     sizes = [len(group) for group in moves]
@@ -252,7 +257,7 @@ def _load(
     return memory
 
 
-def _bound(move: Move, dst: torch.Tensor, memory: Memory) -> Move:
+def _bound(move: Move, dst: torch.Tensor, memory: Memory, real: dict[int, torch.Tensor]) -> Move:
     target = bind(move.dst, dst.view(-1), 0)
     if not move.src.numel():
         return Move(target, target, 0.0)
@@ -260,7 +265,8 @@ def _bound(move: Move, dst: torch.Tensor, memory: Memory) -> Move:
     first, flat = max(
         (one for one in memory[storage_key(move.src)] if one[0] <= offset), key=lambda one: one[0]
     )
-    return Move(target, bind(move.src, flat, first), move.shift, move.quant)
+    quant = on_real(move.quant, real, dst.device)
+    return Move(target, bind(move.src, flat, first), move.shift, quant)
 
 
 def _manifest(

@@ -28,12 +28,18 @@ class Allocate(Protocol):
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor of one rank's file, with the moves that fill it completely."""
+    """One tensor of one rank's file, with the moves that fill it completely.
+
+    What shares a `group` is filled together; scales have no moves, but those of their weight.
+    `unquantised` is the module's name of a weight that might have been quantised.
+    """
 
     rank: int
     name: str
     dst: torch.Tensor
     moves: tuple[Move, ...]
+    group: str = ""
+    unquantised: str = ""
 
     @property
     def nbytes(self) -> int:
@@ -43,13 +49,15 @@ class Planned:
 
 def build(targets: Iterable[TargetTensor], allocate: Allocate) -> list[Planned]:
     """Allocate every target tensor and pair it with its sources."""
-    return [_one(target, allocate) for target in targets]
+    return [plain(target, allocate) for target in targets]
 
 
-def _one(target: TargetTensor, allocate: Allocate) -> Planned:
+def plain(target: TargetTensor, allocate: Allocate) -> Planned:
+    """A tensor that is filled by its own moves alone."""
     dst = allocate(shape_of(target.layout), dtype=target.dtype)
     moves = tuple(Move(d, s, target.shift, target.quant) for d, s in pairs(dst, target.layout))
-    return Planned(target.rank, target.name, dst, moves)
+    unquantised = "" if target.quant else target.module
+    return Planned(target.rank, target.name, dst, moves, unquantised=unquantised)
 
 
 def on_meta(shape: Shape, *, dtype: torch.dtype) -> torch.Tensor:
@@ -103,14 +111,20 @@ def bind(view: torch.Tensor, memory: torch.Tensor, first: int) -> torch.Tensor:
 
 
 def batches(plan: Iterable[Planned], limit: int) -> Iterator[list[Planned]]:
-    """Consecutive tensors of at most `limit` bytes together; a larger one comes alone."""
+    """Consecutive tensors of at most `limit` bytes together; a larger one comes alone.
+
+    A group stays together, however large it is.
+    """
+    tensors = list(plan)
+    last = {planned.group: index for index, planned in enumerate(tensors) if planned.group}
     batch: list[Planned] = []
-    size = 0
-    for planned in plan:
-        if batch and size + planned.nbytes > limit:
+    size, held = 0, -1
+    for index, planned in enumerate(tensors):
+        if batch and index > held and size + planned.nbytes > limit:
             yield batch
             batch, size = [], 0
         batch.append(planned)
         size += planned.nbytes
+        held = max(held, last.get(planned.group, -1))
     if batch:
         yield batch

@@ -18,6 +18,9 @@ DTYPES = {
 TARGETS = ("trtllm", "hf")
 # Bytes of a Hugging Face file: what the Hub's own tools use.
 SHARD_SIZE = 5_000_000_000
+QUANTS = ("none", "fp8", "fp8-row", "fp8-block", "mxfp8")
+# What engines keep in the model's own dtype as a rule.
+USUAL_EXCLUDES = ("lm_head",)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +35,11 @@ class Recipe:
     contents of a table for an architecture that the package has none for
     (docs/adding-an-architecture.md).
 
+    `quant` says how linear weights are quantised, with scales computed from the weights: "fp8" (one
+    scale a tensor), "fp8-row", "fp8-block" (128 × 128), "mxfp8" (1 × 32). `exclude` are patterns
+    (`*`, `?`) of modules, by the target's names with layers numbered in the whole model, whose
+    weights stay as they are; with one of a fused group the whole group does.
+
     Raises:
         RecipeError: a size is not positive, or the target or dtype is not known.
     """
@@ -45,13 +53,16 @@ class Recipe:
     gpus_per_node: int = 8
     shard_size: int = SHARD_SIZE
     family: Table | None = None
+    quant: str = "none"
+    exclude: tuple[str, ...] = USUAL_EXCLUDES
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "pp_size", "moe_ep_size", "gpus_per_node", "shard_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise RecipeError(f"{name} must be a whole number of at least 1, found {value!r}")
-        for name, known in (("dtype", tuple(DTYPES)), ("target", TARGETS)):
+        choices = (("dtype", tuple(DTYPES)), ("target", TARGETS), ("quant", QUANTS))
+        for name, known in choices:
             if getattr(self, name) not in known:
                 raise RecipeError(
                     f"{name} {getattr(self, name)!r} is none of {', '.join(known)}; choose one"
@@ -61,6 +72,7 @@ class Recipe:
                 f"use_parallel_embedding must be True or False, found "
                 f"{self.use_parallel_embedding!r}"
             )
+        object.__setattr__(self, "exclude", _patterns(self.exclude))
         if self.family is not None:
             make_family(self.family, "of the recipe")
 
@@ -78,6 +90,13 @@ class Recipe:
     def moe_tp_size(self) -> int:
         """How many ranks share one expert."""
         return self.tp_size // self.moe_ep_size
+
+
+def _patterns(given: object) -> tuple[str, ...]:
+    """Patterns as a tuple; a manifest has a list."""
+    if not isinstance(given, (list, tuple)) or not all(isinstance(one, str) for one in given):
+        raise RecipeError(f"exclude must be a list of patterns, found {given!r}")
+    return tuple(given)
 
 
 def check(spec: ModelSpec, recipe: Recipe) -> None:

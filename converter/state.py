@@ -13,7 +13,8 @@ from .errors import MissingTensorError
 from .logical import Model
 from .megatron_names import unwrapped
 from .model import ModelSpec
-from .plan import Allocate, Planned, build
+from .plan import Allocate, Planned
+from .quantise import build
 from .recipe import Recipe
 from .sources.megatron import read_model
 from .targets.table import TARGETS
@@ -68,7 +69,8 @@ def plan_memory(
     """Plan over real tensors; by default the target's are on the same device, not yet filled."""
     example = next(iter(tensors.values()))
     task = Task(model, spec, recipe, zero_row(model, spec, example.device), scales)
-    return build(TARGETS[recipe.target].rules(task), allocate or example.new_empty)
+    targets = list(TARGETS[recipe.target].rules(task))
+    return list(build(targets, recipe, allocate or example.new_empty))
 
 
 def run_plan(plan: list[Planned], backend: str) -> None:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import xxhash
 from safetensors import safe_open
@@ -116,7 +117,7 @@ def read_manifest(out: Path) -> dict[str, Any]:
 
 
 def target_of(manifest: Mapping[str, Any]) -> Target:
-    """The target that a manifest is of."""
+    """A manifest's target."""
     name = str(manifest["recipe"].get("target"))
     if name not in TARGETS:
         raise VerificationError(f"the manifest's spec or recipe makes no sense (target {name!r})")
@@ -268,11 +269,11 @@ def _same(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
             f"{name} is {found.dtype} {list(found.shape)}, the source makes it "
             f"{expected.dtype} {list(expected.shape)}"
         )
-    bits = torch.ne(found.view(torch.uint8), expected.view(torch.uint8))
-    if bits.any():
-        size = expected.element_size()
-        first = int(bits.flatten().nonzero()[0]) // size
-        index = [int(i) for i in torch.unravel_index(torch.tensor(first), expected.shape)]
+    # Flat first: a scalar has no bytes to view.
+    one, other = (tensor.reshape(-1).view(torch.uint8) for tensor in (found, expected))
+    if (bits := torch.ne(one, other)).any():
+        first = int(bits.nonzero()[0]) // expected.element_size()
+        index = [int(i) for i in np.unravel_index(first, tuple(expected.shape))]
         raise VerificationError(
             f"{name}{index} is {found.flatten()[first].item()}, the source makes it "
             f"{expected.flatten()[first].item()}; convert again"

@@ -99,7 +99,10 @@ class _Names:
         group = ""
         if kind == "weight" and self.family.module(part):
             group = self.family.group(part, self.layer, expert)
-        return TargetTensor(0, names[0], layout, dtype or self.dtype, shift, group=group)
+        module = names[0].rpartition(".")[0] if group else ""
+        return TargetTensor(
+            0, names[0], layout, dtype or self.dtype, shift, group=group, module=module
+        )
 
     def linear(
         self, part: str, weight: Layout, bias: Layout | None, expert: int = 0

@@ -16,7 +16,9 @@ from ..layout import Layout
 class TargetTensor:
     """One tensor of one rank's file: what it is made of, and what happens to its values.
 
-    `group` is the part's, numbered by whole-model layers: equal on all ranks.
+    `group` is the part's and `module` the name of its linear, both with layers numbered in the
+    whole model and "" where the weight is never quantised. A tensor of several experts begins
+    with number `first_expert`.
     """
 
     rank: int
@@ -27,6 +29,8 @@ class TargetTensor:
     quant: GivenScale | None = None
     replicated: bool = False
     group: str = ""
+    module: str = ""
+    first_expert: int = 0
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,7 @@ class Part:
     dtype: torch.dtype | None = None
     replicated: bool = False
     group: str = ""
+    first_expert: int = 0
 
 
 @dataclass(frozen=True)

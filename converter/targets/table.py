@@ -11,11 +11,13 @@ from ..errors import RecipeError
 from ..hf_family import Family, family_of
 from ..model import ModelSpec
 from ..plan import Planned, batches
+from ..quantise import format_of
 from ..recipe import Recipe, check
 from . import hf_check, trtllm_check
 from .hf import HfRules, check_hf
 from .hf_config import hf_config
 from .parts import TargetTensor
+from .quant_config import HF_QUANT_CONFIG, modelopt_file
 from .target import Origin, Shapes, Target, Task
 from .trtllm import TrtllmRules, refuse_special
 from .trtllm_config import config
@@ -36,8 +38,14 @@ Settings = dict[str, Mapping[str, object]]
 
 
 def _check_trtllm(spec: ModelSpec, recipe: Recipe) -> None:
+    format_of(recipe)
     refuse_special(spec)
     check(spec, recipe)
+
+
+def _check_hf(spec: ModelSpec, recipe: Recipe) -> None:
+    format_of(recipe)
+    check_hf(spec, recipe)
 
 
 def _trtllm_rules(task: Task) -> Iterator[TargetTensor]:
@@ -54,7 +62,12 @@ def _rank_names(count: int) -> list[str]:
 
 
 def _trtllm_settings(
-    spec: ModelSpec, recipe: Recipe, vocab_size: int, origin: Origin, tensors: Sizes
+    spec: ModelSpec,
+    recipe: Recipe,
+    vocab_size: int,
+    origin: Origin,
+    tensors: Sizes,
+    unquantised: Sequence[str],
 ) -> Settings:
     return {CONFIG: config(spec, recipe, vocab_size)}
 
@@ -89,16 +102,22 @@ def _shard_names(count: int) -> list[str]:
 
 
 def _hf_settings(
-    spec: ModelSpec, recipe: Recipe, vocab_size: int, origin: Origin, tensors: Sizes
+    spec: ModelSpec,
+    recipe: Recipe,
+    vocab_size: int,
+    origin: Origin,
+    tensors: Sizes,
+    unquantised: Sequence[str],
 ) -> Settings:
     family = _family(spec, recipe, origin)
     files: Settings = {
-        CONFIG: hf_config(spec, recipe, vocab_size, family, origin.config),
+        CONFIG: hf_config(spec, recipe, vocab_size, family, origin.config, unquantised),
         INDEX: {
             "metadata": {"total_size": sum(sum(one.values()) for one in tensors.values())},
             "weight_map": {name: file for file, one in tensors.items() for name in sorted(one)},
         },
     }
+    files |= modelopt_file(recipe, unquantised)
     return files if origin.generation is None else {**files, GENERATION: origin.generation}
 
 
@@ -118,7 +137,7 @@ TARGETS: dict[str, Target] = {
         expected=_trtllm_expected,
     ),
     "hf": Target(
-        check=check_hf,
+        check=_check_hf,
         rules=_hf_rules,
         files=_shards,
         file_names=_shard_names,
@@ -128,6 +147,6 @@ TARGETS: dict[str, Target] = {
         required=hf_check.REQUIRED,
         expected=_hf_expected,
         needed=(INDEX,),
-        others=frozenset({GENERATION, *ASSETS}),
+        others=frozenset({GENERATION, HF_QUANT_CONFIG, *ASSETS}),
     ),
 }

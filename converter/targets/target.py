@@ -54,8 +54,9 @@ class Settings(Protocol):
         vocab_size: int,
         origin: Origin,
         tensors: Mapping[str, Mapping[str, int]],
+        unquantised: Sequence[str],
     ) -> dict[str, Mapping[str, object]]:
-        """`tensors`: file → tensor → its bytes."""
+        """`tensors`: file → tensor → its bytes; `unquantised`: linears that stay as they are."""
         ...
 
 

@@ -75,10 +75,13 @@ class TrtllmRules:
         if quant is not None:
             dtype = torch.float8_e4m3fn
         name = unit.prefix + part.name
-        group = unit.whole_prefix + part.group if part.group else ""
+        group, linear = "", ""
+        if part.group:
+            group, linear = unit.whole_prefix + part.group, unit.whole_prefix + module
         return TargetTensor(
-            rank, name, part.layout, dtype, part.shift, quant, part.replicated, group
-        )
+            rank, name, part.layout, dtype, part.shift, quant, part.replicated, group, linear,
+            part.first_expert,
+        )  # fmt: skip
 
     def _units(self, stage: int) -> Iterator[Unit]:
         """What a stage holds: its input, its layers, its output."""
@@ -234,8 +237,8 @@ def moe(name: str, weights: Moe, shard: Shard, recipe: Recipe) -> Iterator[Part]
     local = weights.experts[first : first + count]
     first_matrix = Stack(tuple(_expert_first(one, slice_) for one in local))
     second_matrix = Stack(tuple(slice_.columns(one.down) for one in local))
-    yield Part(f"{name}.fc.weight", first_matrix, group=f"{name}.fc")
-    yield Part(f"{name}.proj.weight", second_matrix, group=f"{name}.proj")
+    yield Part(f"{name}.fc.weight", first_matrix, group=f"{name}.fc", first_expert=first)
+    yield Part(f"{name}.proj.weight", second_matrix, group=f"{name}.proj", first_expert=first)
     if weights.shared is not None:
         yield from mlp(f"{name}.shared_expert", weights.shared, shard)
     if weights.shared_gate is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..model import ModelSpec
 from ..recipe import Recipe
+from .quant_config import trtllm_quantization
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def config(spec: ModelSpec, recipe: Recipe, vocab_size: int) -> dict[str, object
         "embedding_sharding_dim": 0,
         "share_embedding_table": spec.share_embeddings_and_output_weights,
         "mapping": _mapping(recipe),
-        "quantization": {"quant_algo": None, "kv_cache_quant_algo": None},
+        "quantization": trtllm_quantization(recipe),
     }
     return values | _positions(spec) | _experts(spec) | _blocks(spec) | dict(family.extra)
 

@@ -1,0 +1,155 @@
+"""Which weights are quantised, how a target stores the codes and scales, and which share a scale.
+
+`FORMATS` is the table: target and `Recipe.quant` → the scheme and its scales' name and shape.
+Sources: `targets.py`'s consumers as their loaders read them: TensorRT-LLM's unified checkpoint
+(`per_channel_scale`), ModelOpt's FP8 and MXFP8 (`weight_scale`), compressed-tensors
+(`weight_scale` [out, 1]) and the fp8 block format (`weight_scale_inv`, which is a dequant_scale).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fnmatch
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from fuseport.kernels.move import Move
+from fuseport.kernels.quant import BlockScale, GivenScale, MxScale, RowScale, Scheme, TensorScale
+
+from .errors import RecipeError
+from .layout import Shape, pairs, shape_of
+from .plan import Allocate, Planned, bind, plain, storage_key
+from .recipe import Recipe
+from .targets.parts import TargetTensor
+
+# (a matrix's own scales, its group's amax, its columns, a move's first row) → how the move scales.
+Make = Callable[[torch.Tensor, torch.Tensor, int, int], Scheme]
+
+
+@dataclass(frozen=True)
+class Format:
+    """How scales are stored: `{module}.{suffix}` of `shape(rows, columns)`, after any experts."""
+
+    suffix: str
+    shape: Callable[[int, int], Shape]
+    dtype: torch.dtype
+    make: Make
+
+
+def _tensor(scale: torch.Tensor, amax: torch.Tensor, columns: int, first_row: int) -> Scheme:
+    return TensorScale(scale.view(1), amax)
+
+
+def _row(scale: torch.Tensor, amax: torch.Tensor, columns: int, first_row: int) -> Scheme:
+    return RowScale(scale.view(-1), columns, first_row)
+
+
+def _block(scale: torch.Tensor, amax: torch.Tensor, columns: int, first_row: int) -> Scheme:
+    return BlockScale(scale, columns, first_row)
+
+
+def _mx(scale: torch.Tensor, amax: torch.Tensor, columns: int, first_row: int) -> Scheme:
+    return MxScale(scale, columns, first_row)
+
+
+def _blocks(rows: int, columns: int) -> Shape:
+    return -(-rows // 128), -(-columns // 128)
+
+
+_FP32, _E8M0 = torch.float32, torch.uint8
+FORMATS: dict[tuple[str, str], Format] = {
+    ("trtllm", "fp8-row"): Format("per_channel_scale", lambda rows, _: (rows,), _FP32, _row),
+    ("hf", "fp8"): Format("weight_scale", lambda *_: (), _FP32, _tensor),
+    ("hf", "fp8-row"): Format("weight_scale", lambda rows, _: (rows, 1), _FP32, _row),
+    ("hf", "fp8-block"): Format("weight_scale_inv", _blocks, _FP32, _block),
+    ("hf", "mxfp8"): Format("weight_scale", lambda rows, cols: (rows, cols // 32), _E8M0, _mx),
+}
+
+
+def format_of(recipe: Recipe) -> Format | None:
+    """The recipe's format; None if nothing is quantised.
+
+    Raises:
+        RecipeError: the target cannot hold the scheme.
+    """
+    if recipe.quant == "none":
+        return None
+    found = FORMATS.get((recipe.target, recipe.quant))
+    if found is None:
+        fits = ", ".join(quant for target, quant in FORMATS if target == recipe.target)
+        raise RecipeError(
+            f"target {recipe.target!r} takes no weights quantised as {recipe.quant!r} that are "
+            f"made from weights alone; choose one of: none, {fits}"
+        )
+    return found
+
+
+def build(targets: Sequence[TargetTensor], recipe: Recipe, allocate: Allocate) -> Iterator[Planned]:
+    """Every target tensor with its moves; after a quantised weight, its scales.
+
+    A scale that several weights share, on all ranks, is found over all of them.
+    """
+    chosen = format_of(recipe)
+    excluded = {t.group for t in targets if _is_excluded(t.module, recipe)}
+    amaxes: dict[tuple[str, int], torch.Tensor] = {}
+    for target in targets:
+        linear = bool(target.group) and target.quant is None
+        if chosen is None or not linear or target.group in excluded:
+            yield plain(target, allocate)
+        else:
+            yield from _quantised(target, chosen, allocate, amaxes)
+
+
+def _is_excluded(module: str, recipe: Recipe) -> bool:
+    return any(fnmatch.fnmatchcase(module, pattern) for pattern in recipe.exclude)
+
+
+def _quantised(
+    target: TargetTensor,
+    chosen: Format,
+    allocate: Allocate,
+    amaxes: dict[tuple[str, int], torch.Tensor],
+) -> Iterator[Planned]:
+    *experts, rows, columns = shape_of(target.layout)
+    codes = allocate((*experts, rows, columns), dtype=torch.float8_e4m3fn)
+    shape = chosen.shape(rows, columns)
+    scales = allocate((*experts, *shape), dtype=chosen.dtype)
+    per_expert = scales.view(math.prod(experts), *shape)
+
+    def scheme(view: torch.Tensor) -> Scheme:
+        row = (view.storage_offset() - codes.storage_offset()) // columns
+        expert, first_row = divmod(row, rows)
+        key = target.group, target.first_expert + expert
+        if key not in amaxes:
+            amaxes[key] = allocate((1,), dtype=torch.float32)
+        try:
+            return chosen.make(per_expert[expert], amaxes[key], columns, int(first_row))
+        except ValueError as error:
+            raise RecipeError(f"{target.name}: {error}; exclude it with --exclude") from error
+
+    found = [(d, s) for d, s in pairs(codes, target.layout) if d.numel()]
+    moves = tuple(Move(d, s, target.shift, scheme(d)) for d, s in found)
+    module, _, _ = target.name.rpartition(".")
+    yield Planned(target.rank, target.name, codes, moves, target.group)
+    yield Planned(target.rank, f"{module}.{chosen.suffix}", scales, (), target.group)
+
+
+def on_real(
+    quant: Scheme | None, real: dict[int, torch.Tensor], device: torch.device
+) -> Scheme | None:
+    """A scheme with its meta tensors replaced by views of `real`, by storage; more are made."""
+    if quant is None or isinstance(quant, GivenScale):
+        return quant
+    changes: dict[str, Any] = {}
+    for field in dataclasses.fields(quant):
+        value = getattr(quant, field.name)
+        if isinstance(value, torch.Tensor):
+            key = storage_key(value)
+            if key not in real:
+                real[key] = torch.empty_like(value, device=device)
+            changes[field.name] = bind(value, real[key].view(-1), 0)
+    return dataclasses.replace(quant, **changes)
