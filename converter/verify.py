@@ -242,9 +242,8 @@ def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
 
 def _compare(out: Path, plan: CheckpointPlan, progress: Progress) -> None:
     """Derive every tensor in plain torch and compare bits."""
-    device = torch.device("cpu")
     for batch in batches(plan.tensors, BATCH):
-        results, _ = compute(batch, plan.stored, fused_copy_ref, device)
+        results, _ = compute(batch, plan.stored, fused_copy_ref, torch.device("cpu"))
         for planned, expected in zip(batch, results, strict=True):
             file = plan.images[planned.rank].name
             with _opened(out / file) as opened:

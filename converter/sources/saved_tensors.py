@@ -27,6 +27,12 @@ from .torch_zip import ZIP_FAULTS, read_record
 ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY_PROTOCOL = 1001
+# What a pickle calls for a storage's bytes: torch's function, or the one that Megatron-Core (from
+# 0.19 on) puts in its place when it is imported.
+_FROM_BYTES = frozenset([
+    "torch.storage._load_from_bytes",
+    "megatron.core.safe_globals.safe_load_from_bytes",
+])  # fmt: skip
 _COUNT = struct.Struct("<q")
 
 # From an inert storage to its description as `torch.save` has it, and its bytes.
@@ -88,7 +94,7 @@ def _load_zip(data: bytes, where: str, limit: int) -> Saved:
 
 def _nested(storage: Inert, where: str) -> tuple[Inert, bytes]:
     data = storage.args[0] if len(storage.args) == 1 else None
-    if storage.path != "torch.storage._load_from_bytes" or not isinstance(data, bytes):
+    if storage.path not in _FROM_BYTES or not isinstance(data, bytes):
         raise CorruptSourceError(f"{where}: a tensor's storage is {storage!r}, not its bytes")
     (magic, protocol, machine, described, keys), start = load_small_pickles(data, 5, where)
     known = (magic, protocol) == (_LEGACY_MAGIC, _LEGACY_PROTOCOL) and isinstance(machine, dict)

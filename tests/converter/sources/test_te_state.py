@@ -7,6 +7,8 @@ import io
 import os
 import pickle
 import struct
+import sys
+import types
 
 import pytest
 import torch
@@ -47,6 +49,24 @@ def test_every_version(version):
     assert state.gemms == 1
     assert state.input() == fp32(1 / 2)
     assert state.weight() == fp32(1 / 20)
+
+
+def test_a_state_pickled_beside_megatron(monkeypatch):
+    """Megatron-Core 0.19 replaces torch's function, and pickles then bear the new one's name."""
+
+    def safe_load_from_bytes(data):
+        raise AssertionError("nothing is run")
+
+    module = types.ModuleType("megatron.core.safe_globals")
+    module.safe_load_from_bytes = safe_load_from_bytes
+    safe_load_from_bytes.__module__ = module.__name__
+    safe_load_from_bytes.__qualname__ = "safe_load_from_bytes"
+    for name in ("megatron", "megatron.core", module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setattr(torch.storage, "_load_from_bytes", safe_load_from_bytes)
+    pickled = te.byte_tensor(te.state_2())
+    assert b"safe_load_from_bytes" in pickled.numpy().tobytes()
+    assert decode_te_state(pickled, "m").weight() == fp32(1 / 20)
 
 
 def test_the_reciprocal_of_old_versions_is_taken_as_it_is():
