@@ -45,6 +45,16 @@ Facts = Annotated[
     typer.Option("--fact", metavar="NAME=VALUE", help="One model fact; may be repeated."),
 ]
 
+Quant = Annotated[
+    str, typer.Option(help="none, fp8, fp8-row, fp8-block or mxfp8; scales from the weights.")
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option(help="Pattern of modules not to quantise, beside lm_head; may be repeated."),
+]
+Assets = Annotated[
+    Path | None, typer.Option("--hf-assets", help="Copy the tokenizer's files from here.")
+]
 FamilyFile = Annotated[
     Path | None,
     typer.Option("--family", help="YAML table of an architecture in the Hugging Face layout."),
@@ -60,13 +70,8 @@ def convert(
     pp: Annotated[int, typer.Option(help="Pipeline parallel size of the target.")] = 1,
     ep: Annotated[int, typer.Option(help="Ranks that share out the experts; divides tp.")] = 1,
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    quant: Annotated[
-        str, typer.Option(help="none, fp8, fp8-row, fp8-block or mxfp8; scales from the weights.")
-    ] = "none",
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(help="Pattern of modules not to quantise, beside lm_head; may be repeated."),
-    ] = None,
+    quant: Quant = "none",
+    exclude: Exclude = None,
     vocab_size: Annotated[int | None, typer.Option(help="The tokenizer's, unpadded.")] = None,
     parallel_embedding: Annotated[bool, typer.Option(help="Shard the embeddings.")] = False,
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
@@ -75,9 +80,7 @@ def convert(
     fact: Facts = None,
     family: FamilyFile = None,
     shard_size: Annotated[int, typer.Option(help="Most bytes of a file, for hf.")] = SHARD_SIZE,
-    hf_assets: Annotated[
-        Path | None, typer.Option("--hf-assets", help="Copy the tokenizer's files from here.")
-    ] = None,
+    hf_assets: Assets = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:

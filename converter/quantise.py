@@ -23,7 +23,7 @@ from fuseport.kernels.quant import BlockScale, GivenScale, MxScale, RowScale, Sc
 from .errors import RecipeError
 from .layout import Shape, pairs, shape_of
 from .plan import Allocate, Planned, bind, plain, storage_key
-from .recipe import Recipe
+from .recipe import USUAL_EXCLUDES, Recipe
 from .targets.parts import TargetTensor
 
 # (a matrix's own scales, its group's amax, its columns, a move's first row) → how the move scales.
@@ -92,9 +92,13 @@ def build(targets: Sequence[TargetTensor], recipe: Recipe, allocate: Allocate) -
     """Every target tensor with its moves; after a quantised weight, its scales.
 
     A scale that several weights share, on all ranks, is found over all of them.
+
+    Raises:
+        RecipeError: the target cannot hold the scheme, a weight's rows do not fit it, or a
+            pattern of `recipe.exclude` matches nothing.
     """
     chosen = format_of(recipe)
-    excluded = {t.group for t in targets if _is_excluded(t.module, recipe)}
+    excluded = _excluded_groups(targets, recipe) if chosen else set()
     amaxes: dict[tuple[str, int], torch.Tensor] = {}
     for target in targets:
         linear = bool(target.group) and target.quant is None
@@ -104,8 +108,24 @@ def build(targets: Sequence[TargetTensor], recipe: Recipe, allocate: Allocate) -
             yield from _quantised(target, chosen, allocate, amaxes)
 
 
-def _is_excluded(module: str, recipe: Recipe) -> bool:
-    return any(fnmatch.fnmatchcase(module, pattern) for pattern in recipe.exclude)
+def _excluded_groups(targets: Sequence[TargetTensor], recipe: Recipe) -> set[str]:
+    """The groups of which a module is excluded.
+
+    Raises:
+        RecipeError: one of the user's patterns matches nothing.
+    """
+    groups = {target.module: target.group for target in targets if target.module}
+    found: set[str] = set()
+    for pattern in recipe.exclude:
+        matches = fnmatch.filter(groups, pattern)
+        if not matches and pattern not in USUAL_EXCLUDES:
+            some = ", ".join(list(groups)[:3])
+            raise RecipeError(
+                f"--exclude {pattern!r} matches none of the {len(groups)} linears; they are "
+                f"called {some}, …"
+            )
+        found.update(groups[module] for module in matches)
+    return found
 
 
 def _quantised(

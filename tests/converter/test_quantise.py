@@ -44,9 +44,12 @@ HF: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] 
 BOUND = {"fp8": 0.15, "fp8-row": 0.15, "fp8-block": 0.15, "mxfp8": 0.15}
 
 
-def hf_recipe(quant: str) -> Recipe:
-    # The models' second matrices have rows of 48 elements, which no 32 divides.
-    exclude = ("lm_head", "*.down_proj", "*.w2") if quant == "mxfp8" else ("lm_head",)
+# The models' second matrices have rows that no 32 divides.
+NARROW = {"llama": "*.down_proj", "mixtral": "*.w2"}
+
+
+def hf_recipe(name: str, quant: str) -> Recipe:
+    exclude = ("lm_head", NARROW[name]) if quant == "mxfp8" else ("lm_head",)
     return Recipe(target="hf", quant=quant, exclude=exclude)
 
 
@@ -81,7 +84,7 @@ def test_hf_checkpoints_say_what_the_model_said(
     name: str, quant: str, megatron_run: Runs, tmp_path: Path
 ) -> None:
     run, out = megatron_run(name), tmp_path / "out"
-    recipe = hf_recipe(quant)
+    recipe = hf_recipe(name, quant)
     convert_checkpoint(run.checkpoint("per_layer"), out, recipe)
     verify_checkpoint(out, run.checkpoint("per_layer"))
     tensors = load(out)
@@ -146,7 +149,7 @@ def test_fused_weights_share_one_scale(megatron_run: Runs) -> None:
 def test_codes_do_not_depend_on_the_batches(
     quant: str, megatron_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source, recipe = megatron_run("mixtral").checkpoint("per_layer"), hf_recipe(quant)
+    source, recipe = megatron_run("mixtral").checkpoint("per_layer"), hf_recipe("mixtral", quant)
     convert_checkpoint(source, tmp_path / "one", recipe)
     monkeypatch.setattr("fuseport.converter.convert.BATCH", 1)
     convert_checkpoint(source, tmp_path / "many", recipe)
@@ -181,6 +184,18 @@ def test_excluded_modules_stay_as_they_are(megatron_run: Runs, tmp_path: Path) -
     config = json.loads((out / "config.json").read_text())["quantization_config"]
     assert "model.layers.1.self_attn.q_proj" in config["modules_to_not_convert"]
     assert not quantised & set(config["modules_to_not_convert"])
+
+
+def test_rows_that_do_not_fit_are_named(megatron_run: Runs) -> None:
+    recipe = Recipe(target="hf", quant="mxfp8")
+    with pytest.raises(RecipeError, match=r"layers\.0\.mlp\.down_proj\.weight: .*multiple of 32"):
+        convert_state_dict(state(megatron_run("llama")), spec("llama"), recipe)
+
+
+def test_a_pattern_that_matches_nothing_is_named(megatron_run: Runs) -> None:
+    recipe = Recipe(target="hf", quant="fp8", exclude=("*.q_prj",))
+    with pytest.raises(RecipeError, match=r"'\*\.q_prj' matches none of the \d+ linears"):
+        convert_state_dict(state(megatron_run("llama")), spec("llama"), recipe)
 
 
 def test_a_wrong_code_or_scale_is_found(megatron_run: Runs, tmp_path: Path) -> None:
