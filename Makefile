@@ -18,6 +18,7 @@ check: ## lint, types and tests
 
 bench: setup ## time the kernels, and the drop-in beside Megatron-Core (needs a GPU)
 	.venv/bin/python -m benchmarks.bench_rank
+	.venv/bin/python -m benchmarks.bench_quant
 	.venv/bin/python -m benchmarks.bench_dropin
 
 clean: ## remove .venv and everything that is generated
