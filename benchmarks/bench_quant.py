@@ -120,7 +120,8 @@ def report(label: str, name: str, sources: Sequence[torch.Tensor], copy: float) 
     size = nbytes(name, moves)
     print(
         f"{label} {name:7} {size / 1e9:7.2f} GB {plain:8.3f} ms  "
-        f"{size / plain / copy:6.3f} of copy  counting {counting / plain - 1:+.3f}  {len(batch.launches)} kinds",
+        f"{size / plain / copy:6.3f} of copy  "
+        f"counting {counting / plain - 1:+.3f}  {len(batch.launches)} kinds",
         flush=True,
     )
 
