@@ -71,7 +71,10 @@ def plan_table(plan: CheckpointPlan) -> Table:
 def report_text(report: Report) -> str:
     """One paragraph about a finished conversion."""
     lines = [f"wrote {escape(str(report.out))}: {report.tensors} tensors, {size(report.nbytes)}"]
-    for what, counts in (("overflow", report.saturated), ("are NaN or Inf", report.nonfinite)):
+    for what, counts in (
+        ("exceed their format", report.saturated),
+        ("are NaN or Inf", report.nonfinite),
+    ):
         if counts:
             worst = max(counts, key=lambda name: counts[name])
             lines.append(
