@@ -104,14 +104,9 @@ def convert(
         return
     with show.progress(console, "converting", plan.nbytes) as advance:
         report = convert_checkpoint(
-            plan,
-            out,
-            backend=backend,
-            device=device,
-            overwrite=overwrite,
-            assets=hf_assets,
+            plan, out, backend=backend, device=device, overwrite=overwrite, assets=hf_assets,
             progress=advance,
-        )
+        )  # fmt: skip
     console.print(show.report_text(report))
 
 

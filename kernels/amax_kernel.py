@@ -17,15 +17,9 @@ from .numerics import (
 
 @triton.jit
 def amax_kernel(  # type: ignore[no-untyped-def]
-    descriptors,
-    tile_table,
-    SRC: tl.constexpr,
-    ORDER: tl.constexpr,
-    VECTOR: tl.constexpr,
-    SHIFT: tl.constexpr,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
+    descriptors, tile_table, SRC: tl.constexpr, ORDER: tl.constexpr, VECTOR: tl.constexpr,
+    SHIFT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
     """One tile of the tables that the second pass walks: its largest finite magnitude.
 
     It goes to field 16; that there is a NaN or Inf goes to field 19.

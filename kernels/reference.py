@@ -61,23 +61,25 @@ def _parts(move: Move) -> Iterator[Move]:
         yield Move(dst, src, move.shift, quant)
 
 
-def _run(move: Move, amaxes: dict[int, torch.Tensor]) -> torch.Tensor:
-    """Fill `dst`; int64 [2] saturated and non-finite elements."""
+# A move's values, those as they were scaled, and the largest that does not saturate, if any does.
+Outcome = tuple[torch.Tensor, torch.Tensor, float | None]
+
+
+def _run(move: Move, amaxes: dict[int, torch.Tensor]) -> Outcome:
+    """Fill `dst`; what `_lost` takes."""
     if move.is_bit_copy:
         move.dst.copy_(move.src)
-        return _lost(move.src, move.src)
+        return move.src, move.src, None
     values = _values(move)
     if isinstance(move.quant, Regional):
         codes, scaled = quantise_ref(values, move.quant, amaxes)
         move.dst.copy_(codes.view(move.dst.shape))
-        return _lost(
-            values, scaled.view(values.shape), 7.0 if codes.dtype is torch.uint8 else 464.0
-        )
+        return values, scaled.view(values.shape), 7.0 if codes.dtype is torch.uint8 else 464.0
     scaled = _scaled(values, move)
     move.dst.copy_(downcast_ref(scaled, move.dst.dtype))
     if move.dst.dtype is torch.float8_e4m3fn:
-        return _lost(values, scaled, 464.0)
-    return _lost(values, scaled.to(move.dst.dtype))
+        return values, scaled, 464.0
+    return values, scaled.to(move.dst.dtype), None
 
 
 def _scaled(values: torch.Tensor, move: Move) -> torch.Tensor:
@@ -91,7 +93,7 @@ def _scaled(values: torch.Tensor, move: Move) -> torch.Tensor:
     return values
 
 
-def _lost(values: torch.Tensor, scaled: torch.Tensor, largest: float | None = None) -> torch.Tensor:
+def _lost(values: torch.Tensor, scaled: torch.Tensor, largest: float | None) -> torch.Tensor:
     """int64 [2]: finite values that don't fit the destination; NaN and Inf values."""
     if not values.is_floating_point() or values.dtype.itemsize == 1:
         return torch.zeros(2, dtype=torch.int64, device=values.device)
@@ -151,8 +153,9 @@ def fused_copy_ref(
     for index, move in enumerate(moves):
         total = torch.zeros(2, dtype=torch.int64, device=move.dst.device)
         for part in _parts(move):
-            lost = _run(part, amaxes)
-            total += lost
+            outcome = _run(part, amaxes)
+            if count:
+                total += _lost(*outcome)
             if power is not None and part.quant is not None:
                 power[index] += _error(part, amaxes)
         counts.append(total)

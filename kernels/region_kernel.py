@@ -227,7 +227,7 @@ def _nv_scale(amax_bits, second, group):  # type: ignore[no-untyped-def]
     0x38 is 1.0, for a piece of zeros; one too small for e4m3 gets its smallest scale.
     """
     amax = amax_bits.to(tl.float32, bitcast=True)
-    sixth = quotient(amax, second * 0 + 6.0, 0x3F800000, False)
+    sixth = quotient(amax, second * 0 + 6.0, group, False)
     bits = to_e4m3_bits(quotient(sixth, second, group, False), False)
     return tl.where(amax_bits == 0, 0x38, tl.maximum(bits, 1)).to(tl.uint8)
 

@@ -98,8 +98,8 @@ def build(
     Args:
         jobs: the moves; those with a scale for each region are `regions.whole_rows`.
         given: job's index → address of the given scale.
-        flags: int32, for each job's index: whether it has a NaN or Inf, where the first of two
-            passes says so.
+        flags: int32, for each job's index: set by a kernel where the careful launch has to do
+            the job again.
         device: where the tables go.
     """
     rows: dict[Kind, list[list[int]]] = defaultdict(list)
@@ -132,10 +132,13 @@ def _rows(job: Job, given: int) -> Iterable[tuple[Kind, list[int]]]:
 
 
 def _row(job: Job, box: Box, dst: int, src: int, scale: int) -> list[int]:
-    """A descriptor: pointers, sizes and strides in elements, tile counts, shift, scale, counter.
+    """A descriptor: addresses, and sizes and strides in elements, by field.
 
-    Field 10, the first tile, holds the outer size until the launch's rows are known; 11 and 12
-    are the tile counts.
+    0 dst, 1 src, 2 rows, 3 columns, 4 to 9 strides of (dst, src): outer, row, column; for regions
+    8 is an outer step in rows of the matrix; 10 the first tile (the outer size until the launch's
+    rows are known), 11 and 12 tiles along rows and columns, 13 the shift's bits, 14 the scale,
+    15 the job's index, 16 the amax, 17 a step in rows of the scales, 18 the second scale, 19 the
+    flag, 20 the number of tiles; the rest keeps a descriptor a multiple of 64 bytes.
     """
     quant = job.move.quant
     shift = struct.unpack("<i", struct.pack("<f", job.move.shift))[0]

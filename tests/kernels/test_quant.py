@@ -195,6 +195,14 @@ def test_special_values(name: str, special: float) -> None:
     assert bool((scales > 0).all())
 
 
+@pytest.mark.parametrize("exponent", [-149, -126, -118, -62, -59, 98, 102, 118])
+@pytest.mark.parametrize("name", NAMES)
+def test_tiny_and_huge_matrices(name: str, exponent: int) -> None:
+    """Where a scale, its reciprocal or a remainder leaves the range of fp32."""
+    normal = values(64, 256, dtype=torch.float32, spread=1).double()
+    check(name, [(normal * 2.0**exponent).clamp(-3e38, 3e38).float()])
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_power(name: str) -> None:
     """Signal and noise are those of what the codes stand for."""
