@@ -18,14 +18,16 @@ from fuseport.converter import cli
 
 # The command, as the installed script runs it.
 MAIN = "from fuseport.converter.cli import main; main()"
-# The same, but it stops for a while at the first tensor, and says so.
+# The same, but it stops for a while at the first tensor, and says so. In short sleeps: a signal
+# that the system hands to another thread does not wake this one, which is what acts on it.
 SLOW = """
 import sys, time
 from pathlib import Path
 from fuseport.converter.checkpoint import Writer
 def write(self, *args):
     Path(self.directory).parent.joinpath("begun").touch()
-    time.sleep(60)
+    for _ in range(600):
+        time.sleep(0.1)
 Writer.write = write
 """
 WIDTH = 80

@@ -203,5 +203,6 @@ def test_populated_memory_gives_the_same_results(
     block._populating.shutdown(wait=True)
     assert torch.equal(found, source)
     assert {advice for _, _, advice in asked} == {23}
-    assert sorted(start - first for start, _, _ in asked) == list(range(0, size, MiB))
-    assert sum(part for _, part, _ in asked) == size
+    # Threads of a block that an earlier test threw away may still ask for its last pages.
+    ours = [(start - first, part) for start, part, _ in asked if 0 <= start - first < size]
+    assert sorted(ours) == [(start, min(MiB, size - start)) for start in range(0, size, MiB)]
