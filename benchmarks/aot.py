@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import triton
 from triton import knobs
@@ -62,12 +63,13 @@ def compile_kernel(
     constexprs: Mapping[str, object],
     *,
     arch: int,
-    num_warps: int = 4,
+    options: Mapping[str, int] = MappingProxyType({}),
     divisible: Collection[str] = (),
 ) -> Assembly:
     """Compile `fn` for compute capability `arch` (80, 90, 100) and describe the result.
 
     signature: the type of each argument that is not a constexpr: `*bf16`, `*fp8e4nv`, `i32`, ...
+    options: `num_warps`, `maxnreg`, as a launch takes them.
     divisible: the arguments (pointers' addresses, integers) that are known multiples of 16.
     Raises TypeError if `fn` is not compilable, as under TRITON_INTERPRET=1, and ValueError if the
     names are not the kernel's arguments.
@@ -76,7 +78,7 @@ def compile_kernel(
         raise TypeError(f"{fn!r} cannot be compiled: not a triton.jit function, or interpreted")
     source = _source(fn, signature, constexprs, divisible)
     target = GPUTarget("cuda", arch, WARP_SIZE)
-    compiled = triton.compile(source, target=target, options={"num_warps": num_warps})
+    compiled = triton.compile(source, target=target, options=dict(options))
     return _describe(arch, compiled.asm["ptx"], compiled.asm["cubin"])
 
 

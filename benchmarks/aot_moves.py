@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from fuseport.kernels.amax_kernel import amax_kernel
-from fuseport.kernels.fused_copy import amax_constants, constants, kernel_of, warps
+from fuseport.kernels.fused_copy import amax_constants, constants, kernel_of, resources
 from fuseport.kernels.tables import Kind
 
 from .aot import Assembly, compile_kernel
@@ -53,7 +53,7 @@ def describe(kind: Kind, count: bool, arch: int) -> dict[str, object]:
         POINTERS,
         constants(kind, count, False, native),
         arch=arch,
-        num_warps=warps(kind, count),
+        options=resources(kind, count),
         divisible=tuple(POINTERS),
     )
     return {"scheme": kind.scheme, "count": count, **_facts(kind, code)}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .descriptor import find_tile, place, pointer
+from .descriptor import FIELDS, find_tile, place, pointer
 from .numerics import (
     finite_magnitude,
     magnitude_bits,
@@ -13,6 +13,18 @@ from .numerics import (
     source_magnitudes,
     upcast,
 )
+
+# Descriptors of a program that clears.
+CLEARED = 256
+
+
+@triton.jit
+def clear_kernel(descriptors, count, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Zero to every descriptor's amax: thousands of tensors of one element, in one launch."""
+    index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    mask = index < count
+    amax = tl.load(descriptors + index.to(tl.int64) * FIELDS + 16, mask, other=0)
+    tl.store(amax.to(tl.pointer_type(tl.int32)), 0, mask)
 
 
 @triton.jit

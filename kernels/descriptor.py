@@ -22,10 +22,17 @@ def find_tile(descriptors, tile_table):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def place(d, local, ROWS: tl.constexpr, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """(outer index, first row, first column) of a tile."""
-    row_tiles, col_tiles = tl.load(d + 11), tl.load(d + 12)
-    outer = local // (row_tiles * col_tiles)
-    return outer, (local // col_tiles) % row_tiles * ROWS, local % col_tiles * COLS
+    """(outer index, first row, first column) of a tile.
+
+    A launch has less than 2^31 tiles: dividing 32 bits is five times as fast as dividing 64.
+    """
+    row_tiles, col_tiles = tl.load(d + 11).to(tl.int32), tl.load(d + 12).to(tl.int32)
+    # (A sum, since the interpreter's loops count with plain numbers.)
+    tile = (local + 0 * row_tiles).to(tl.int32)
+    down = tile // col_tiles
+    outer = down // row_tiles
+    row, col = down - outer * row_tiles, tile - down * col_tiles
+    return outer.to(tl.int64), row.to(tl.int64) * ROWS, col.to(tl.int64) * COLS
 
 
 @triton.jit

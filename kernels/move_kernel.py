@@ -29,7 +29,9 @@ def _shifted(value, d, SHIFT: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _scaled(x, d, local, SCHEME: tl.constexpr, CAREFUL: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scaled(  # type: ignore[no-untyped-def]
+    x, d, local, SCHEME: tl.constexpr, WIDE: tl.constexpr, CAREFUL: tl.constexpr,
+):  # fmt: skip
     """(x as it is rounded, what that is multiplied by to give x again)."""
     back = 1.0
     if SCHEME == "given":
@@ -41,7 +43,7 @@ def _scaled(x, d, local, SCHEME: tl.constexpr, CAREFUL: tl.constexpr):  # type: 
         back = dequant_of(amax, 448.0)
         if local == 0:
             tl.store(pointer(d, 14, tl.float32), back)
-        x = quotient(x, back, amax, CAREFUL)
+        x = quotient(x, back, WIDE, CAREFUL)
     return x, back
 
 
@@ -56,7 +58,7 @@ def _count_lost(  # type: ignore[no-untyped-def]
     """
     if tl.max(magnitude_bits(upcast(scaled))) > LARGEST_BITS:
         x = _shifted(tl.load(source, mask, other=0), d, SHIFT)
-        beyond, _ = _scaled(x, d, local, SCHEME, True)
+        beyond, _ = _scaled(x, d, local, SCHEME, True, True)
         count(x, beyond, mask, at, LARGEST_BITS)
 
 
@@ -109,7 +111,7 @@ def _move(  # type: ignore[no-untyped-def]
         tl.store(dst_tile, value.to(DST_BITS, bitcast=True), mask)
     else:
         x = _shifted(value, d, SHIFT)
-        scaled, back = _scaled(x, d, local, SCHEME, CAREFUL)
+        scaled, back = _scaled(x, d, local, SCHEME, SHIFT or SRC == tl.float32, CAREFUL)
         tl.store(dst_tile, downcast(scaled, DST, NATIVE), mask)
         if POWER:
             measure_power(x, rounded(scaled) * back, mask, slot(power, tl.load(d + 15)))

@@ -22,9 +22,14 @@ import triton.language as tl
 
 # Triton's interpreter runs the kernels on a CPU, and must be chosen before they are imported.
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-SMALLEST_NORMAL = tl.constexpr(2.0**-126)
+# No computed fp32 scale is smaller: what a smaller one would tell apart no model notices, and the
+# remainders of a division by it would underflow.
+SMALLEST_SCALE = tl.constexpr(2.0**-90)
 REBIAS_E4M3 = tl.constexpr(2.0**120)
 REBIAS_E2M1 = tl.constexpr(2.0**126)
+# fp32 bits of Inf; a NaN's magnitude is above.
+INF_BITS = tl.constexpr(0x7F800000)
+ADD_AND_SIX = tl.constexpr(2.0**22 + 3.0)
 
 # Largest fp32 magnitude that does not overflow (or saturate) in the format.
 LARGEST_SOURCE: dict[torch.dtype, float] = {
@@ -63,7 +68,7 @@ def source_magnitudes(value):  # type: ignore[no-untyped-def]
     if value.dtype == tl.float32:
         magnitudes = magnitude_bits(value)
     else:
-        magnitudes = (value.to(tl.int16, bitcast=True) & 0x7FFF).to(tl.int32)
+        magnitudes = value.to(tl.uint16, bitcast=True).to(tl.int32) & 0x7FFF
     return magnitudes
 
 
@@ -81,13 +86,33 @@ def peak_bits(magnitudes, SRC: tl.constexpr):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def quotient(x, scale, amax_bits, CAREFUL: tl.constexpr):  # type: ignore[no-untyped-def]
-    """X / scale, each element by its own or by one; Inf needs CAREFUL."""
-    if CAREFUL:
+def quotient(x, scale, WIDE: tl.constexpr, CAREFUL: tl.constexpr):  # type: ignore[no-untyped-def]
+    """X / scale as a format here rounds it, each element by its own or by one scale.
+
+    Newton corrections by fma: a third of the instructions of a general division. The first one
+    leaves a relative error of 2^-43. That decides nothing for a 16-bit x, whose quotients come no
+    closer than that to where fp32 rounds beside a tie of e4m3 or e2m1, all but one, which comes
+    out right; WIDE x needs a second correction, which gives fp32's nearest (Markstein, IBM J. Res.
+    Dev. 34-1, 1990). Right for quotients above 2^-20, and for smaller ones to more bits than any
+    format here has, since no scale is below 2^-99. The signs are chosen so that -0 stays -0. NaN
+    stays NaN; Inf becomes NaN unless CAREFUL.
+    """
+    if CAREFUL or INTERPRETED:
+        # The interpreter rounds twice in an fma.
         result = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     else:
-        factor, by, inverse = division_by(scale, amax_bits)
-        result = divide(x, factor, by, inverse)
+        result = corrected(x, scale, tl.div_rn(tl.zeros_like(scale) + 1.0, scale), WIDE)
+    return result
+
+
+@triton.jit
+def corrected(x, scale, inverse, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`quotient`, where 1 / scale is known, correctly rounded."""
+    negative, back = x * -1.0, inverse * -1.0
+    result = x * inverse
+    result = tl.fma(tl.fma(result, scale, negative), back, result)
+    if WIDE:
+        result = tl.fma(tl.fma(result, scale, negative), back, result)
     return result
 
 
@@ -156,9 +181,9 @@ def finite_magnitude(x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def dequant_of(amax_bits, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Amax / LARGEST in fp32, at least 2^-126; 1.0 where the amax is 0."""
+    """Amax / LARGEST in fp32, at least 2^-90; 1.0 where the amax is 0."""
     amax = amax_bits.to(tl.float32, bitcast=True)
-    scale = tl.maximum(tl.div_rn(amax, tl.zeros_like(amax) + LARGEST), SMALLEST_NORMAL)
+    scale = tl.maximum(tl.div_rn(amax, tl.zeros_like(amax) + LARGEST), SMALLEST_SCALE)
     return tl.where(amax_bits == 0, 1.0, scale)
 
 
@@ -206,50 +231,15 @@ def to_e2m1_bits(x, q):  # type: ignore[no-untyped-def]
     """e2m1 code (0 to 15, as uint32) of |q| with x's sign: saturating at 6, nearest even.
 
     Adding 2^22 · 2^e leaves a ulp of half of 2^e, the spacing of the format from 2^e on (below
-    1 it is that of e = 0), so the FPU rounds for us: into the sum's last bits.
+    1 it is that of e = 0), so the FPU rounds for us: into n, the sum's last bits. The code is
+    n + 2e; the sum's exponent has 2e + 2 modulo 8 one bit higher, and 3 · 2^e adds 6 to n.
     """
     if INTERPRETED:
         bounded = tl.where(tl.abs(q) <= 6.0, tl.abs(q), 6.0)
     else:
         # The hardware's minimum of NaN and 6 is 6.
         bounded = tl.minimum(tl.abs(q), 6.0)
-    binade = (bounded.to(tl.uint32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
-    binade = tl.maximum(binade, 1.0)
-    steps = (binade * 4194304.0 + bounded).to(tl.uint32, bitcast=True)
-    exponent = binade.to(tl.uint32, bitcast=True) >> 22
-    # 2 · 127 of the exponent's bias is 6 modulo 8.
-    return ((steps + exponent + 2) & 7) | ((x.to(tl.uint32, bitcast=True) >> 28) & 8)
-
-
-@triton.jit
-def division_by(scale, peak_bits):  # type: ignore[no-untyped-def]
-    """What `divide` needs, once for each scale: (-factor, scale · factor, -1 / (scale · factor)).
-
-    The factor is a power of two that brings a tiny or a huge scale, and what it divides, to where
-    nothing underflows; almost always 1.
-    """
-    factor = tl.where(peak_bits < 0x21800000, 7.378697629483821e19, 1.0)
-    factor = tl.where(peak_bits > 0x71800000, 5.421010862427522e-20, factor)
-    by = scale * factor
-    return -1.0 * factor, by, tl.div_rn(tl.zeros_like(by) - 1.0, by)
-
-
-@triton.jit
-def divide(x, negative_factor, by, negative_inverse):  # type: ignore[no-untyped-def]
-    """X / scale for finite x, correctly rounded: two Newton corrections by fma.
-
-    After the first one the quotient is faithful, so its remainder is exact and the second one
-    gives the nearest (Markstein, IBM J. Res. Dev. 34-1, 1990). The signs are chosen so that -0
-    stays -0. Exact for every quotient above 2^-20; what is smaller is right to eight bits, more
-    than any format here has. NaN stays NaN; Inf becomes NaN. A general division takes five times
-    as many instructions.
-    """
-    negative = x * negative_factor
-    if INTERPRETED:
-        # The interpreter rounds twice in an fma.
-        quotient = tl.div_rn(negative, tl.zeros_like(x) - by)
-    else:
-        quotient = negative * negative_inverse
-        quotient = tl.fma(tl.fma(quotient, by, negative), negative_inverse, quotient)
-        quotient = tl.fma(tl.fma(quotient, by, negative), negative_inverse, quotient)
-    return quotient
+    binade = tl.maximum(bounded.to(tl.int32, bitcast=True) & 0x7F800000, 0x3F800000)
+    steps = tl.fma(binade.to(tl.float32, bitcast=True), ADD_AND_SIX, bounded)
+    bits = steps.to(tl.uint32, bitcast=True)
+    return ((bits + (bits >> 22)) & 7) | ((x.to(tl.uint32, bitcast=True) >> 28) & 8)

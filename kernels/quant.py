@@ -3,7 +3,7 @@
 `quant_scale` multiplies before the cast, `dequant_scale` multiplies after it. Computed scales come
 from the amax, the largest finite magnitude: NaN and Inf take no part in it (a NaN stays NaN where
 the format has one, an Inf saturates; both are counted). An amax of 0 gives a scale of 1.0, and no
-fp32 scale is below 2⁻¹²⁶ and no e4m3 scale below 2⁻⁹, so that all are finite and positive.
+fp32 scale is below 2⁻⁹⁰ and no e4m3 scale below 2⁻⁹, so that all are finite and positive.
 
     scheme        codes   a scale for          dequant_scale
     GivenScale    e4m3    the whole move       given

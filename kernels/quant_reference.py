@@ -7,7 +7,7 @@ import torch
 from .move import Move
 from .quant import GivenScale, MxScale, NvScale, Regional, RowScale, Scheme, TensorScale
 
-_SMALLEST = 2.0**-126
+_SMALLEST = 2.0**-90
 # Halfway between e2m1's magnitudes 0, 0.5, 1, 1.5, 2, 3, 4, 6; a tie goes to the even code.
 _TIES_DOWN, _TIES_UP = (0.25, 1.25, 2.5, 5.0), (0.75, 1.75, 3.5)
 _E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -36,7 +36,7 @@ def encode_e2m1(values: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
 
 
 def dequant_scale_ref(amax: torch.Tensor, largest: float) -> torch.Tensor:
-    """Amax / largest, fp32, at least 2⁻¹²⁶; 1.0 where the amax is 0."""
+    """Amax / largest, fp32, at least 2⁻⁹⁰; 1.0 where the amax is 0."""
     return torch.where(amax == 0, 1.0, _divide(amax, largest).clamp(min=_SMALLEST))
 
 

@@ -38,9 +38,9 @@ SCHEMES = {
 }
 # Schemes whose amax takes a pass of its own.
 TWO_PASSES = ("tensor", "nv")
-BLOCK_TILE, PIECE_TILE = (128, 128), (8, 512)
+BLOCK_TILE, PIECE_TILE = (128, 128), (32, 512)
 # Rows up to this many elements are held in one tile; longer ones are walked in tiles of LOOP_TILE.
-LONGEST_ROW, ROW_TILE, LOOP_TILE = 16384, 8192, 4096
+LONGEST_ROW, ROW_TILE, LOOP_TILE = 16384, 4096, 8192
 
 
 @dataclass(frozen=True)

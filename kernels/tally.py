@@ -42,6 +42,20 @@ def count(x, q, mask, at, LARGEST_BITS: tl.constexpr):  # type: ignore[no-untype
 
 
 @triton.jit
+def exceeds(q, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    """1 where |q| > LARGEST: the sign bit of a difference, which adds up in one instruction."""
+    return ((LARGEST - tl.abs(q)).to(tl.uint32, bitcast=True) >> 31).to(tl.int32)
+
+
+@triton.jit
+def add_saturated(saturated, at):  # type: ignore[no-untyped-def]
+    """Add what the threads of a tile counted, where many tiles have some and no NaN."""
+    total = tl.sum(saturated)
+    if total > 0:
+        tl.atomic_add(at, total.to(tl.int64))
+
+
+@triton.jit
 def measure_power(x, back, mask, at):  # type: ignore[no-untyped-def]
     """Add a tile's Σx² and Σ(x − back)², over finite elements, to its move's two sums (fp64)."""
     known = mask & (is_strange(x) == 0)
