@@ -1,6 +1,7 @@
 """fuseport's converter: a model's weights in the layouts that serving engines load."""
 
-from .convert import convert_checkpoint, plan_checkpoint
+from .checkpoint_plan import plan_checkpoint
+from .convert import convert_checkpoint, export_state_dict
 from .errors import FuseportError
 from .model import ModelSpec
 from .recipe import Recipe
@@ -13,6 +14,7 @@ __all__ = [
     "Recipe",
     "convert_checkpoint",
     "convert_state_dict",
+    "export_state_dict",
     "plan_checkpoint",
     "verify_checkpoint",
 ]

@@ -1,20 +1,19 @@
-"""Writing a checkpoint: file images, a partial directory, a manifest, one rename.
+"""The files of a checkpoint: images of safetensors files, digests, JSON.
 
 A safetensors file (format: u64 header length, JSON header padded with spaces to 8, then the data
-without holes) is known completely from the plan, so the header goes first and every tensor is
-written at its place as it becomes ready. Nothing is written through a mapping: a disk that fills
-up is then an error and not a signal.
+without holes) is known completely from the plan, so every tensor is written at its place as it
+becomes ready. Nothing is written through a mapping: a disk that fills up is then an error and not
+a signal.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import secrets
 import shutil
-from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +21,14 @@ import torch
 import xxhash
 
 from .errors import OutputError, VerificationError
+from .limits import threads
 from .plan import Planned
 
 MANIFEST = "fuseport-manifest.json"
-_BLOCK = 16 << 20
+WEIGHTS = ".safetensors"
+BLOCK = 8 << 20
+# The format's own limit.
+MAX_HEADER_BYTES = 100_000_000
 # Larger than any that is written; a file that claims to be one must not fill the memory.
 MAX_JSON_BYTES = 1 << 30
 
@@ -72,64 +75,103 @@ def lay_out(name: str, tensors: list[Planned], metadata: Mapping[str, str]) -> F
     return FileImage(name, header, offsets, len(header) + end)
 
 
-@dataclass
-class Writer:
-    """Fills the files of one partial directory and remembers digests."""
-
-    directory: Path
-    images: Mapping[int, FileImage]
-    digests: dict[str, dict[str, str]] = field(default_factory=dict)
-    _files: dict[int, int] = field(default_factory=dict)
-
-    def open(self) -> None:
-        """Create every file with its header and its full length."""
-        for rank, image in self.images.items():
-            flags = os.O_CREAT | os.O_EXCL | os.O_RDWR
-            handle = os.open(self.directory / image.name, flags, 0o644)
-            self._files[rank] = handle
-            self.digests[image.name] = {}
-            _write_all(handle, image.header, 0)
-            os.ftruncate(handle, image.nbytes)
-
-    def write(self, rank: int, name: str, tensor: torch.Tensor) -> None:
-        """Put a finished tensor (contiguous, on the CPU) into its place."""
-        image = self.images[rank]
-        data = raw_bytes(tensor)
-        _write_all(self._files[rank], data, image.offsets[name])
-        self.digests[image.name][name] = xxhash.xxh3_128_hexdigest(data)
-
-    def finish(self) -> None:
-        """Flush everything to the disk."""
-        for handle in self._files.values():
-            os.fsync(handle)
-
-    def close(self) -> None:
-        """Close the files."""
-        for handle in self._files.values():
-            os.close(handle)
-        self._files.clear()
-
-
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
     """A CPU tensor's bytes, in row-major order; not copied if it is contiguous."""
     flat = tensor.contiguous().reshape(-1).view(torch.uint8)
     return memoryview(flat.numpy())  # type: ignore[arg-type]
 
 
-def _write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
+def write_all(handle: int, data: bytes | memoryview, offset: int) -> None:
+    """Write all of `data` at byte `offset`."""
     view = memoryview(data)
     while view:
-        done = os.pwrite(handle, view[:_BLOCK], offset)
+        done = os.pwrite(handle, view[:BLOCK], offset)
         view, offset = view[done:], offset + done
 
 
 def file_digest(path: Path) -> str:
-    """xxh3_128 of a file's bytes."""
+    """A file's digest: xxh3_128 of its bytes; of a safetensors file, see `file_digest_of`.
+
+    A damaged safetensors file has the digest of its bytes, which is another one.
+    """
+    if path.suffix == WEIGHTS:
+        try:
+            image = read_image(path)
+        except VerificationError:
+            return _plain_digest(path)
+        return file_digest_of(image, tensor_digests(path, image))
+    return _plain_digest(path)
+
+
+def _plain_digest(path: Path) -> str:
     digest = xxhash.xxh3_128()
-    buffer = bytearray(_BLOCK)
+    buffer = bytearray(BLOCK)
     with path.open("rb", buffering=0) as stream:
         while count := stream.readinto(buffer):
             digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()
+
+
+def file_digest_of(image: FileImage, tensors: Mapping[str, str]) -> str:
+    """xxh3_128 of a safetensors file's header and, in the data's order, its tensors' digests.
+
+    It says as much as a digest of all bytes, and needs none of them twice.
+    """
+    digest = xxhash.xxh3_128(image.header)
+    for name in sorted(image.offsets, key=lambda one: (image.offsets[one], one)):
+        digest.update(bytes.fromhex(tensors[name]))
+    return digest.hexdigest()
+
+
+def read_image(path: Path) -> FileImage:
+    """The image of a safetensors file on disk.
+
+    Raises:
+        VerificationError: it has no whole header, or the file is not as long as that says.
+    """
+    try:
+        with path.open("rb") as stream:
+            start = stream.read(8)
+            size = min(int.from_bytes(start, "little"), MAX_HEADER_BYTES)
+            header = start + stream.read(size)
+            entries = {k: v for k, v in json.loads(header[8:]).items() if k != "__metadata__"}
+            spans = {name: entry["data_offsets"] for name, entry in entries.items()}
+            end = max((stop for _, stop in spans.values()), default=0)
+            actual = os.fstat(stream.fileno()).st_size
+        offsets = {name: len(header) + start for name, (start, _) in spans.items()}
+        if len(header) + end != actual:
+            raise ValueError(f"{actual} bytes, expected {len(header) + end}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise VerificationError(f"{path} is damaged: {error}; convert again") from error
+    return FileImage(path.name, header, offsets, actual)
+
+
+def tensor_digests(
+    path: Path, image: FileImage, progress: Callable[[int], None] = lambda nbytes: None
+) -> dict[str, str]:
+    """xxh3_128 of each tensor's bytes in a file, read by several threads."""
+    order = sorted(image.offsets, key=lambda one: image.offsets[one])
+    ends = [image.offsets[name] for name in order[1:]] + [image.nbytes]
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        with ThreadPoolExecutor(threads()) as pool:
+            spans = ((image.offsets[n], end) for n, end in zip(order, ends, strict=True))
+            found = pool.map(lambda span: _range_digest(handle, span[0], span[1], progress), spans)
+            return dict(zip(order, found, strict=True))
+    finally:
+        os.close(handle)
+
+
+def _range_digest(handle: int, start: int, stop: int, progress: Callable[[int], None]) -> str:
+    digest = xxhash.xxh3_128()
+    buffer = bytearray(min(BLOCK, max(stop - start, 0)))
+    while start < stop:
+        count = os.preadv(handle, [memoryview(buffer)[: stop - start]], start)
+        if not count:
+            break
+        digest.update(memoryview(buffer)[:count])
+        start += count
+        progress(count)
     return digest.hexdigest()
 
 
@@ -156,6 +198,7 @@ def copy_assets(source: Path, out: Path, names: Collection[str]) -> None:
         if not (source / name).is_file():
             raise OutputError(f"{source / name} is not a regular file; leave it out")
         shutil.copyfile(source / name, out / name)
+        sync(out / name)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -176,87 +219,9 @@ def read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def keep_apart(source: Path, out: Path) -> None:
-    """Raise OutputError if the result would lie within the source, or hold it."""
-    origin, target = source.resolve(), out.resolve()
-    # A run's directory is looked through for its iterations.
-    iteration = target.parent == origin.parent and target.name.startswith("iter_")
-    if iteration or target.is_relative_to(origin) or origin.is_relative_to(target):
-        raise OutputError(
-            f"{out} would lie among the source's files in {source}; choose another directory"
-        )
-
-
-@contextmanager
-def publish(out: Path, *, overwrite: bool, needed: int) -> Iterator[Path]:
-    """A partial directory beside `out` that becomes `out` if the block ends well.
-
-    Otherwise it is removed, and what `out` was stays.
-
-    Raises:
-        OutputError: `out` exists (and `overwrite` is off, or it holds what was not written here),
-            cannot be written, or its file system has less than `needed` bytes free.
-    """
-    out = Path(os.path.abspath(out))
-    partial = out.parent / f"{out.name}.partial-{secrets.token_hex(4)}"
-    try:
-        _check_destination(out, overwrite)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _check_space(out.parent, needed)
-        partial.mkdir()
-        yield partial
-        _replace(partial, out, overwrite)
-    except OSError as error:
-        raise OutputError(
-            f"cannot write {out}: {error.strerror or error}; nothing was kept"
-        ) from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def _check_destination(out: Path, overwrite: bool) -> None:
-    if not os.path.lexists(out):
-        return
-    if out.is_symlink() or not out.is_dir():
-        raise OutputError(f"{out} is a file or a link; expected a directory to create")
-    if not overwrite:
-        raise OutputError(f"{out} exists; choose another directory, or give --overwrite")
-    # Replacing deletes: a source, or a home directory, must survive a slip of the keyboard.
-    if not (out / MANIFEST).is_file() or any(entry.is_dir() for entry in out.iterdir()):
-        raise OutputError(
-            f"{out} is not just a converted checkpoint (it has no {MANIFEST}, or has directories), "
-            f"so --overwrite does not replace it; choose another directory, or remove it yourself"
-        )
-
-
-def _check_space(directory: Path, needed: int) -> None:
-    free = shutil.disk_usage(directory).free
-    if free < needed:
-        raise OutputError(
-            f"{directory} has {free / 1e9:.2f} GB free, but the result takes {needed / 1e9:.2f} GB"
-        )
-
-
-def _replace(partial: Path, out: Path, overwrite: bool) -> None:
-    """Rename into place; an old directory steps aside first, and comes back if that fails.
-
-    A directory that another process put there in the meantime is an OSError.
-    """
-    _sync_directory(partial)
-    old = out.with_name(f"{out.name}.old-{secrets.token_hex(4)}")
-    try:
-        if overwrite and out.exists():
-            out.rename(old)
-        partial.rename(out)
-    finally:
-        if old.exists() and not out.exists():
-            old.rename(out)
-        shutil.rmtree(old, ignore_errors=True)
-    _sync_directory(out.parent)
-
-
-def _sync_directory(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a directory, to the disk."""
+    handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)
     finally:

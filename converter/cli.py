@@ -15,7 +15,8 @@ import yaml
 from rich.console import Console
 
 from . import show
-from .convert import convert_checkpoint, plan_checkpoint
+from .checkpoint_plan import plan_checkpoint
+from .convert import convert_checkpoint
 from .demo import write_demo_checkpoint
 from .errors import FuseportError, RecipeError
 from .hf_family import make_family

@@ -1,139 +1,41 @@
-"""A checkpoint on disk becomes a checkpoint for a serving engine."""
+"""A checkpoint on disk, or a state dict in memory, becomes a published checkpoint."""
 
 from __future__ import annotations
 
-import dataclasses
-import importlib.metadata
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
 
-from fuseport.kernels.move import Move
+from fuseport.kernels.move import GivenScale
 
-from .backend import Run, choose, default_device, run_all
-from .checkpoint import (
-    MANIFEST,
-    FileImage,
-    Writer,
-    copy_assets,
-    file_digest,
-    keep_apart,
-    publish,
-    write_json,
-)
+from .backend import choose, default_device
+from .checkpoint import MANIFEST, copy_assets, write_json
+from .checkpoint_plan import CheckpointPlan, lay_out_plan, plan_checkpoint
+from .engine import Engine
+from .errors import RankError
+from .fingerprint import check_unchanged
+from .group import STANDSTILL, Alone, Group, shares
+from .limits import Limits
+from .loads import SLACK
+from .manifest import identity, lost, manifest
+from .megatron_names import unwrapped
 from .model import ModelSpec
-from .plan import Planned, batches, bind, intervals, on_meta, storage_key
-from .quantise import build, on_real
+from .profile import Profile
+from .publish import Partial, keep_apart, publish
 from .recipe import Recipe
-from .sources.source import Source, open_source
-from .sources.stored import Piece, Stored
-from .state import check_complete, zero_row
+from .sources.megatron import read_model
+from .sources.source import Source
+from .state import check_complete, weights, zero_row
 from .targets.table import TARGETS
-from .targets.target import Target, Task, file_images
-
-# Bytes of target tensors converted at once.
-BATCH = 256 << 20
-
-# The name of the zeros that fill a padded vocabulary, where a source tensor's name is shown.
-PADDING = "(zero rows)"
+from .targets.target import Task
+from .windows import windows
+from .writer import FileResult, Writer
 
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class CheckpointPlan:
-    """Everything about a conversion that is known before a weight is read."""
-
-    source: Source
-    spec: ModelSpec
-    recipe: Recipe
-    tensors: list[Planned]
-    stored: Mapping[int, Stored]
-    images: Mapping[int, FileImage]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the result's weight files."""
-        return sum(image.nbytes for image in self.images.values())
-
-    @property
-    def vocab_size(self) -> int:
-        """The vocabulary without padding."""
-        return self.spec.vocab_size or self._rows
-
-    @property
-    def _rows(self) -> int:
-        return self.source.tensors[self.source.embedding].shape[0]
-
-    @property
-    def target(self) -> Target:
-        """The recipe's target."""
-        return TARGETS[self.recipe.target]
-
-    def settings(self) -> dict[str, Mapping[str, object]]:
-        """The JSON files beside the weights, by name."""
-        sizes: dict[str, dict[str, int]] = {image.name: {} for image in self.images.values()}
-        for planned in self.tensors:
-            sizes[self.images[planned.rank].name][planned.name] = planned.nbytes
-        return self.target.settings(
-            self.spec, self.recipe, self.vocab_size, self.source.handed_on, sizes,
-            sorted({planned.unquantised for planned in self.tensors} - {""}),
-        )  # fmt: skip
-
-    def padding_rows(self) -> dict[str, int]:
-        """Source tensor → elements that are dropped on purpose: training's vocabulary padding.
-
-        A tied model's copy of the embedding on its last pipeline stage is dropped whole.
-        """
-        hidden = self.spec.hidden_size
-        dropped = (self._rows - self.vocab_size) * hidden
-        output = self._rows * hidden if self.spec.share_embeddings_and_output_weights else dropped
-        return {
-            self.source.embedding: dropped,
-            self.source.output: output,
-            PADDING: hidden,
-        }
-
-
-def plan_checkpoint(
-    source: Path | Source,
-    recipe: Recipe,
-    facts: Mapping[str, object] | ModelSpec | None = None,
-) -> CheckpointPlan:
-    """Plan a conversion; reads the source's metadata, no weights.
-
-    Args:
-        source: a checkpoint's directory, or one that is open.
-        recipe: the choice.
-        facts: facts that replace the source's own, by field of `ModelSpec`; or all of them.
-
-    Raises:
-        FuseportError: the source, the facts and the recipe do not go together.
-    """
-    given = dataclasses.asdict(facts) if isinstance(facts, ModelSpec) else facts
-    opened = source if isinstance(source, Source) else open_source(source, given, recipe.family)
-    if isinstance(facts, ModelSpec):
-        spec = facts
-    else:
-        spec = ModelSpec.from_facts(opened.facts, **dict(facts or {}))
-    model = opened.read(opened.tensors, spec)
-    target = TARGETS[recipe.target]
-    target.check(spec, recipe)
-    check_complete(model, spec)
-    zeros = zero_row(model, spec, torch.device("cpu"))
-    twin = torch.empty_like(zeros, device="meta")
-    piece = Piece((0, 0), tuple(zeros.shape), zeros)
-    padding = Stored(PADDING, tuple(zeros.shape), zeros.dtype, (piece,))
-    task = Task(model, spec, recipe, twin, origin=opened.handed_on)
-    stored = {**opened.stored, storage_key(twin): padding}
-    planned = list(build(list(target.rules(task)), recipe, on_meta))
-    tensors, images = file_images(target, planned, recipe)
-    plan = CheckpointPlan(opened, spec, recipe, tensors, stored, images)
-    # What a target's settings cannot say is an error before anything is read.
-    plan.settings()
-    return plan
+Results = dict[str, FileResult]
 
 
 @dataclass(frozen=True)
@@ -150,6 +52,22 @@ class Report:
     nonfinite: Mapping[str, int]
 
 
+@dataclass(frozen=True)
+class Job:
+    """How a plan is carried out; `sync` False leaves fsync out, for benchmarks alone."""
+
+    backend: str = "auto"
+    device: str = "auto"
+    overwrite: bool = False
+    resume: bool = False
+    assets: Path | None = None
+    limits: Limits = field(default_factory=Limits)
+    profile: Profile = field(default_factory=Profile)
+    progress: Progress = lambda nbytes: None
+    group: Group = field(default_factory=Alone)
+    sync: bool = True
+
+
 def convert_checkpoint(
     source: Path | CheckpointPlan,
     out: Path,
@@ -159,8 +77,12 @@ def convert_checkpoint(
     backend: str = "auto",
     device: str = "auto",
     overwrite: bool = False,
+    resume: bool = False,
     assets: Path | None = None,
+    limits: Limits | None = None,
+    profile: Profile | None = None,
     progress: Progress = lambda nbytes: None,
+    group: Group | None = None,
 ) -> Report:
     """Convert a checkpoint into what the recipe's target loads.
 
@@ -172,120 +94,191 @@ def convert_checkpoint(
         recipe, facts: as for `plan_checkpoint`, when `source` is a directory.
         backend, device: where the moves run.
         overwrite: replace `out` if it exists.
+        resume: go on with the finished files of a run that was killed, and keep them if this one
+            fails.
         assets: a directory from which the tokenizer's files are copied, for targets that have them.
+        limits: bounds of memory.
+        profile: where busy times go.
         progress: called with the number of target bytes done since the last call.
+        group: the processes that share the work; each of them makes the same call.
 
     Raises:
         FuseportError: see `errors`; `out` is as it was.
     """
-    where = default_device(device)
-    run = choose(backend, where)
     plan = (
         source
         if isinstance(source, CheckpointPlan)
         else plan_checkpoint(source, recipe or Recipe(), facts)
     )
     keep_apart(plan.source.origin, out)
-    with publish(out, overwrite=overwrite, needed=plan.nbytes) as partial:
-        if assets is not None:
-            copy_assets(assets, partial, plan.target.others)
-        writer = Writer(partial, plan.images)
-        try:
-            writer.open()
-            counts = _fill(plan, writer, run, where, progress)
-            writer.finish()
-        finally:
-            writer.close()
+    job = Job(
+        backend, device, overwrite, resume, assets, limits or Limits(), profile or Profile(),
+        progress, group or Alone(),
+    )  # fmt: skip
+    return carry_out(plan, out, job)
+
+
+def export_state_dict(
+    state_dict: Mapping[str, torch.Tensor],
+    spec: ModelSpec,
+    recipe: Recipe,
+    out: Path,
+    *,
+    scales: Mapping[str, GivenScale] | None = None,
+    backend: str = "auto",
+    overwrite: bool = False,
+    limits: Limits | None = None,
+    profile: Profile | None = None,
+    progress: Progress = lambda nbytes: None,
+    sync: bool = True,
+) -> Report:
+    """Publish a whole model that is in memory as a checkpoint.
+
+    Args:
+        state_dict: Megatron-Core's `model.state_dict()` of one rank (tp and pp 1), on a GPU or
+            the host; left as it is.
+        spec, recipe, scales: as for `convert_state_dict`.
+        out: the directory to create.
+        backend, overwrite, limits, profile, progress: as for `convert_checkpoint`.
+        sync: False leaves fsync out, for benchmarks.
+
+    Raises:
+        FuseportError: see `errors`; `out` is as it was.
+    """
+    plan = _plan_memory(state_dict, spec, recipe, scales)
+    where = next(iter(plan.source.tensors.values())).device
+    job = Job(
+        backend, str(where), overwrite, limits=limits or Limits(), profile=profile or Profile(),
+        progress=progress, sync=sync,
+    )  # fmt: skip
+    return carry_out(plan, out, job)
+
+
+def _plan_memory(
+    state_dict: Mapping[str, torch.Tensor],
+    spec: ModelSpec,
+    recipe: Recipe,
+    scales: Mapping[str, GivenScale] | None,
+) -> CheckpointPlan:
+    TARGETS[recipe.target].check(spec, recipe)
+    tensors = {unwrapped(name): tensor for name, tensor in weights(state_dict).items()}
+    model = read_model(tensors, spec)
+    check_complete(model, spec)
+    device = next(iter(tensors.values())).device
+    task = Task(model, spec, recipe, zero_row(model, spec, device), scales)
+    return lay_out_plan(Source(Path("memory"), "state_dict", tensors, {}, {}, {}), task, {}, {})
+
+
+def carry_out(plan: CheckpointPlan, out: Path, job: Job) -> Report:
+    """Convert what was planned, alone or as one of several processes."""
+    known = identity(plan.fingerprint, plan.spec, plan.recipe, plan.images)
+    device = default_device(job.device)
+    choose(job.backend, device)
+    try:
+        _agree(known, job.group)
+        results = (_lead if job.group.rank == 0 else _follow)(plan, Path(out), known, job)
+    except BaseException as error:
+        job.group.fail(error)
+        raise
+    counts = lost(results, "saturated"), lost(results, "nonfinite")
+    return Report(Path(out), plan.nbytes, len(plan.tensors), *counts)
+
+
+def _agree(known: Mapping[str, object], group: Group) -> None:
+    """Raise RankError if a process is about to do something else."""
+    group.tell("plan", known)
+    for rank in range(1, group.size):
+        first, other = group.hear("plan", 0), group.hear("plan", rank)
+        if first != other:
+            names = ", ".join(sorted(name for name in first if first[name] != other.get(name)))
+            raise RankError(
+                f"rank {rank} is about to do something else than rank 0: another {names}; start "
+                f"all with the same command, source and versions"
+            )
+
+
+def _lead(plan: CheckpointPlan, out: Path, known: Mapping[str, object], job: Job) -> Results:
+    """Rank 0: makes the directory, and publishes it once all have done their part."""
+    group = job.group
+    with publish(
+        out, known, needed=plan.nbytes, overwrite=job.overwrite, resume=job.resume
+    ) as directory:
+        if job.assets is not None:
+            copy_assets(job.assets, directory.path, plan.target.others)
+        begun = {name: asdict(result) for name, result in directory.finished.items()}
+        group.tell("begun", {"path": str(directory.path.absolute()), "finished": begun})
+        results = _own_files(plan, directory, job)
+        for rank in range(1, group.size):
+            told = group.hear("done", rank, STANDSTILL)
+            results |= {name: FileResult(**result) for name, result in told.items()}
+        check_unchanged(plan.source.origin, plan.fingerprint)
         for name, values in plan.settings().items():
-            write_json(partial / name, values)
-        write_json(partial / MANIFEST, _manifest(plan, writer, counts))
-    return Report(out, plan.nbytes, len(plan.tensors), counts[0], counts[1])
+            write_json(directory.path / name, values)
+        ordered = {one.name: results[one.name] for one in plan.images.values()}
+        write_json(directory.path / MANIFEST, manifest(plan.source, known, ordered, directory.path))
+    group.tell("published", {name: asdict(result) for name, result in ordered.items()})
+    # The store may live in this process, so it stays until all have heard.
+    with suppress(RankError):
+        for rank in range(1, group.size):
+            group.hear("heard", rank)
+    return ordered
+
+
+def _follow(plan: CheckpointPlan, out: Path, known: Mapping[str, object], job: Job) -> Results:
+    """Any other rank: fills its files, and ends when rank 0 has published all."""
+    begun = job.group.hear("begun", 0)
+    finished = {name: FileResult(**result) for name, result in begun["finished"].items()}
+    results = _own_files(plan, Partial(Path(begun["path"]), finished), job)
+    job.group.tell("done", {name: asdict(result) for name, result in results.items()})
+    published = job.group.hear("published", 0)
+    job.group.tell("heard", True)
+    return {name: FileResult(**result) for name, result in published.items()}
+
+
+def _own_files(plan: CheckpointPlan, directory: Partial, job: Job) -> Results:
+    """Fill this process's share of the files that are not there yet."""
+    images = plan.images
+    todo = {n: image.nbytes for n, image in images.items() if image.name not in directory.finished}
+    mine = shares(todo, job.group.size)[job.group.rank]
+
+    def progress(nbytes: int) -> None:
+        job.progress(nbytes)
+        job.group.advance(nbytes)
+
+    def finished(number: int, result: FileResult) -> None:
+        directory.record(images[number].name, result)
+
+    writer = Writer(
+        directory.path, images, job.profile, progress, finished if job.sync else _skip,
+        sync=job.sync,
+    )  # fmt: skip
+    results = _fill(plan, writer, mine, job) if mine else {}
+    old = {} if job.group.rank else dict(directory.finished)
+    return old | {images[number].name: result for number, result in results.items()}
+
+
+def _skip(number: int, result: FileResult) -> None:
+    """What is not on the disk is not noted."""
 
 
 def _fill(
-    plan: CheckpointPlan, writer: Writer, run: Run, device: torch.device, progress: Progress
-) -> tuple[dict[str, int], dict[str, int]]:
-    saturated: dict[str, int] = {}
-    nonfinite: dict[str, int] = {}
-    for batch in batches(plan.tensors, BATCH):
-        results, counts = compute(batch, plan.stored, run, device)
-        for planned, tensor, (beyond, strange) in zip(batch, results, counts, strict=True):
-            writer.write(planned.rank, planned.name, tensor.cpu())
-            name = f"{Path(plan.images[planned.rank].name).stem}/{planned.name}"
-            saturated |= {name: beyond} if beyond else {}
-            nonfinite |= {name: strange} if strange else {}
-            progress(planned.nbytes)
-    return saturated, nonfinite
+    plan: CheckpointPlan, writer: Writer, files: Collection[int], job: Job
+) -> dict[int, FileResult]:
+    device = default_device(job.device)
+    size = min(job.limits.window(device), _whole(plan))
+    engine: Engine | None = None
+    try:
+        engine = Engine(device, choose(job.backend, device), size, writer, job.profile)
+        engine.fill(windows(plan.tensors, plan.stored, size, files))
+        return writer.finish(files)
+    finally:
+        writer.close()
+        if engine is not None:
+            engine.close()
 
 
-def compute(
-    batch: list[Planned], stored: Mapping[int, Stored], run: Run, device: torch.device
-) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
-    """Read what a batch of planned tensors needs, and fill them on `device`.
-
-    Returns:
-        The tensors, and for each (saturated, non-finite) element counts.
-    """
-    memory = _load((move.src for one in batch for move in one.moves), stored, device)
-    results = [torch.empty_like(planned.dst, device=device) for planned in batch]
-    # Where scales land: in tensors of the batch, or (an amax) in scratch memory.
-    real = {storage_key(one.dst): dst for one, dst in zip(batch, results, strict=True)}
-    moves = [
-        [_bound(move, dst, memory, real) for move in planned.moves]
-        for planned, dst in zip(batch, results, strict=True)
-    ]
-    counts = run_all(run, [move for group in moves for move in group], True)
-    assert counts is not None
-    sizes = [len(group) for group in moves]
-    totals = [part.sum(0).tolist() for part in counts.split(sizes)]
-    return results, [(beyond, strange) for beyond, strange in totals]
-
-
-Memory = dict[int, list[tuple[int, torch.Tensor]]]
-
-
-def _load(
-    views: Iterable[torch.Tensor], stored: Mapping[int, Stored], device: torch.device
-) -> Memory:
-    """For each storage, its needed ranges: (first element, 1-D tensor on the device)."""
-    memory: Memory = {}
-    for key, spans in intervals(views).items():
-        for span in spans:
-            host = torch.empty(span.stop - span.start, dtype=stored[key].dtype)
-            stored[key].read_flat(span.start, span.stop, host)
-            memory.setdefault(key, []).append((span.start, host.to(device)))
-    return memory
-
-
-def _bound(move: Move, dst: torch.Tensor, memory: Memory, real: dict[int, torch.Tensor]) -> Move:
-    target = bind(move.dst, dst.view(-1), 0)
-    if not move.src.numel():
-        return Move(target, target, 0.0)
-    offset = move.src.storage_offset()
-    first, flat = max(
-        (one for one in memory[storage_key(move.src)] if one[0] <= offset), key=lambda one: one[0]
-    )
-    quant = on_real(move.quant, real, dst.device)
-    return Move(target, bind(move.src, flat, first), move.shift, quant)
-
-
-def _manifest(
-    plan: CheckpointPlan, writer: Writer, counts: tuple[dict[str, int], dict[str, int]]
-) -> dict[str, object]:
-    files = {
-        path.name: {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
-        for path in sorted(writer.directory.iterdir())
-    }
-    return {
-        "format": 1,
-        "fuseport": importlib.metadata.version("fuseport"),
-        "torch": torch.__version__,
-        "source": {"path": plan.source.origin.name, "kind": plan.source.kind},
-        "recipe": dataclasses.asdict(plan.recipe),
-        "spec": dataclasses.asdict(plan.spec),
-        "ignored": dict(plan.source.ignored),
-        "saturated": counts[0],
-        "nonfinite": counts[1],
-        "files": files,
-        "tensors": writer.digests,
-    }
+def _whole(plan: CheckpointPlan) -> int:
+    """Bytes that would hold everything at once: a small model needs no large slabs."""
+    read = sum(stored.nbytes for stored in plan.stored.values())
+    repeated = plan.nbytes * 8
+    return int(SLACK * (read + repeated)) + (1 << 20)

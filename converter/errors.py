@@ -12,6 +12,7 @@
     │   └── UnsupportedOptionError
     ├── RecipeError                the choice of target, parallel sizes or dtypes cannot work
     ├── OutputError                the destination exists, is full, or is not writable
+    ├── RankError                  another process of the same run failed, died or hangs
     └── VerificationError          a result is not what its source says it should be
 
 Every message names the tensor or the option, what was expected, what was found and what to do.
@@ -64,6 +65,10 @@ class RecipeError(FuseportError):
 
 class OutputError(FuseportError):
     """The destination exists, is full or cannot be written."""
+
+
+class RankError(FuseportError):
+    """Another process of the same conversion failed, died, hangs or has another plan."""
 
 
 class VerificationError(FuseportError):

@@ -22,7 +22,7 @@ from fuseport.kernels.quant import BlockScale, GivenScale, MxScale, RowScale, Sc
 
 from .errors import RecipeError
 from .layout import Shape, pairs, shape_of
-from .plan import Allocate, Planned, bind, plain, storage_key
+from .plan import Allocate, Planned, plain
 from .recipe import USUAL_EXCLUDES, Recipe
 from .targets.parts import TargetTensor
 
@@ -158,18 +158,13 @@ def _quantised(
     yield Planned(target.rank, f"{module}.{chosen.suffix}", scales, (), target.group)
 
 
-def on_real(
-    quant: Scheme | None, real: dict[int, torch.Tensor], device: torch.device
-) -> Scheme | None:
-    """A scheme with its meta tensors replaced by views of `real`, by storage; more are made."""
+def on_real(quant: Scheme | None, place: Callable[[torch.Tensor], torch.Tensor]) -> Scheme | None:
+    """A scheme with its meta tensors replaced by the real ones that `place` gives."""
     if quant is None or isinstance(quant, GivenScale):
         return quant
     changes: dict[str, Any] = {}
     for field in dataclasses.fields(quant):
         value = getattr(quant, field.name)
         if isinstance(value, torch.Tensor):
-            key = storage_key(value)
-            if key not in real:
-                real[key] = torch.empty_like(value, device=device)
-            changes[field.name] = bind(value, real[key].view(-1), 0)
+            changes[field.name] = place(value)
     return dataclasses.replace(quant, **changes)

@@ -23,11 +23,13 @@ from rich.progress import (
 from rich.table import Table
 
 from .checkpoint import MANIFEST, read_json
-from .convert import CheckpointPlan, Report
+from .checkpoint_plan import CheckpointPlan
+from .convert import Report
 from .hf_family import Table as FamilyTable
 from .model import ModelSpec
+from .read_manifest import SETTINGS, read_manifest
 from .sources.source import Source, open_source
-from .verify import SETTINGS, Verification, read_manifest
+from .verify import Verification
 
 
 def size(nbytes: float) -> str:

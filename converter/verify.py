@@ -15,25 +15,22 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from safetensors import safe_open
 
 from fuseport.kernels.reference import fused_copy_ref
 
 from .blocks import Block
-from .checkpoint import MANIFEST, file_digest, raw_bytes, read_json
-from .convert import BATCH, CheckpointPlan, compute, plan_checkpoint
+from .checkpoint import file_digest, file_digest_of, read_image, read_json, tensor_digests
+from .checkpoint_plan import CheckpointPlan, plan_checkpoint
 from .coverage import uses
+from .derive import BATCH, derive
 from .errors import FuseportError, VerificationError
 from .model import ModelSpec
 from .plan import batches
+from .read_manifest import SETTINGS, expect, read_manifest, sane, target_of
 from .recipe import Recipe
-from .targets.table import TARGETS
-from .targets.target import Target
 
 Progress = Callable[[int], None]
-FORMAT = 1
-SETTINGS = "config.json"
 
 
 @dataclass(frozen=True)
@@ -75,8 +72,7 @@ def verify_checkpoint(
     """
     out = Path(out)
     manifest = read_manifest(out)
-    _check_files(out, manifest)
-    tensors = _check_digests(out, manifest, progress)
+    tensors = _check_files(out, manifest, progress)
     _check_structure(out, manifest)
     accounting = None
     if source is not None:
@@ -89,68 +85,16 @@ def verify_checkpoint(
     return Verification(len(manifest["files"]), tensors, nbytes, accounting)
 
 
-def read_manifest(out: Path) -> dict[str, Any]:
-    """The manifest of a converted checkpoint.
-
-    Raises:
-        VerificationError: there is none, or it is not one of ours.
-    """
-    path = Path(out) / MANIFEST
-    manifest = read_json(path)
-    if manifest.get("format") != FORMAT:
-        raise VerificationError(f"{path} is not a manifest of format {FORMAT}; convert again")
-    with _sane(path):
-        for name, entry in manifest["files"].items():
-            _expect(Path(name).name == name, f"the file name {name!r}")
-            _expect(type(entry["bytes"]) is int and entry["bytes"] >= 0, f"the size of {name}")
-            _expect(isinstance(entry["xxh3_128"], str), f"the digest of {name}")
-        _expect(isinstance(manifest["recipe"], dict), "recipe")
-        target = target_of(manifest)
-        names = set(target.file_names(len(manifest["tensors"])))
-        _expect(set(manifest["tensors"]) == names, "the names of the weight files")
-        needed, files = {*names, SETTINGS, *target.needed}, set(manifest["files"])
-        _expect(needed <= files <= needed | target.others, "the list of files")
-        for name, digests in manifest["tensors"].items():
-            _expect(all(isinstance(one, str) for one in digests.values()), f"digests in {name}")
-        _expect(isinstance(manifest["spec"], dict), "spec")
-    return manifest
-
-
-def target_of(manifest: Mapping[str, Any]) -> Target:
-    """A manifest's target."""
-    name = str(manifest["recipe"].get("target"))
-    if name not in TARGETS:
-        raise VerificationError(f"the manifest's spec or recipe makes no sense (target {name!r})")
-    return TARGETS[name]
-
-
-def _expect(fits: bool, what: str) -> None:
-    if not fits:
-        raise ValueError(f"{what} makes no sense")
-
-
-@contextmanager
-def _sane(path: Path) -> Iterator[None]:
-    """What values of the wrong kind raise, as an error about the file that they came from."""
-    try:
-        yield
-    except VerificationError:
-        raise
-    except KeyError as error:
-        raise VerificationError(f"{path} lacks {error}; convert again") from error
-    # safetensors and torch have errors of their own for a damaged file.
-    except Exception as error:
-        raise VerificationError(f"{path} is damaged: {error}; convert again") from error
-
-
 @contextmanager
 def _opened(path: Path) -> Iterator[Any]:
     """A safetensors file."""
-    with _sane(path), safe_open(path, "pt") as opened:
+    with sane(path), safe_open(path, "pt") as opened:
         yield opened
 
 
-def _check_files(out: Path, manifest: Mapping[str, Any]) -> None:
+def _check_files(out: Path, manifest: Mapping[str, Any], progress: Progress) -> int:
+    """Every file's digest, and with it every tensor's; the number of tensors."""
+    count = 0
     for name, entry in manifest["files"].items():
         path = out / name
         if not path.is_file():
@@ -159,45 +103,31 @@ def _check_files(out: Path, manifest: Mapping[str, Any]) -> None:
             raise VerificationError(
                 f"{path} has {path.stat().st_size} bytes, expected {entry['bytes']}; convert again"
             )
-        if file_digest(path) != entry["xxh3_128"]:
+        if name in manifest["tensors"]:
+            count += _check_tensors(path, entry, manifest["tensors"][name], progress)
+        elif file_digest(path) != entry["xxh3_128"]:
             raise VerificationError(
-                f"{path} has other bytes than when it was written{_where(path, manifest)}; "
-                f"convert again"
+                f"{path} has other bytes than when it was written; convert again"
             )
-
-
-def _where(path: Path, manifest: Mapping[str, Any]) -> str:
-    """Which tensor of a damaged file differs, if its header can still be read."""
-    digests = manifest["tensors"].get(path.name, {})
-    try:
-        with safe_open(path, "pt") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                if digest(opened.get_tensor(name)) != digests.get(name):
-                    return f" (tensor {name})"
-    except Exception:
-        return " (its header is damaged)"
-    return ""
-
-
-def digest(tensor: torch.Tensor) -> str:
-    """xxh3_128 of a contiguous CPU tensor's bytes."""
-    return xxhash.xxh3_128_hexdigest(raw_bytes(tensor))
-
-
-def _check_digests(out: Path, manifest: Mapping[str, Any], progress: Progress) -> int:
-    count = 0
-    for file, digests in manifest["tensors"].items():
-        with _opened(out / file) as opened:
-            names = set(opened.keys())
-            if names != set(digests):
-                raise VerificationError(f"{out / file} does not hold the manifest's tensors")
-            for name in digests:
-                tensor = opened.get_tensor(name)
-                if digest(tensor) != digests[name]:
-                    raise VerificationError(f"{out / file}: tensor {name} was changed")
-                progress(tensor.nbytes)
-                count += 1
     return count
+
+
+def _check_tensors(
+    path: Path, entry: Mapping[str, Any], tensors: Mapping[str, str], progress: Progress
+) -> int:
+    image = read_image(path)
+    if set(image.offsets) != set(tensors):
+        raise VerificationError(f"{path} does not hold the manifest's tensors")
+    found = tensor_digests(path, image, progress)
+    changed = [name for name in found if found[name] != tensors[name]]
+    if file_digest_of(image, found) != entry["xxh3_128"]:
+        where = f"tensor {changed[0]}" if changed else "its header"
+        raise VerificationError(
+            f"{path} has other bytes than when it was written ({where}); convert again"
+        )
+    if changed:
+        raise VerificationError(f"{path}: tensor {changed[0]} was changed")
+    return len(found)
 
 
 def _check_structure(out: Path, manifest: Mapping[str, Any]) -> None:
@@ -208,9 +138,9 @@ def _check_structure(out: Path, manifest: Mapping[str, Any]) -> None:
     if missing:
         raise VerificationError(f"{path} lacks {', '.join(missing)}; convert again")
     counts = [len(digests) for digests in manifest["tensors"].values()]
-    with _sane(path):
+    with sane(path):
         layers = settings["num_hidden_layers"]
-        _expect(0 < layers <= sum(counts), f"num_hidden_layers = {layers}")
+        expect(0 < layers <= sum(counts), f"num_hidden_layers = {layers}")
         shapes = target.expected(settings, out, len(counts))
     for file, expected in shapes.items():
         with _opened(out / file) as opened:
@@ -230,7 +160,7 @@ def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
         facts = dict(manifest["spec"])
         facts["blocks"] = tuple(Block(**block) for block in facts["blocks"])
         facts["moe_layers"] = tuple(facts["moe_layers"])
-        _expect(isinstance(facts["special"], list), "special")
+        expect(isinstance(facts["special"], list), "special")
         facts["special"] = tuple(facts["special"])
         spec, recipe = ModelSpec(**facts), Recipe(**manifest["recipe"])
     except (KeyError, TypeError, ValueError, FuseportError) as error:
@@ -243,7 +173,7 @@ def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
 def _compare(out: Path, plan: CheckpointPlan, progress: Progress) -> None:
     """Derive every tensor in plain torch and compare bits."""
     for batch in batches(plan.tensors, BATCH):
-        results, _ = compute(batch, plan.stored, fused_copy_ref, torch.device("cpu"))
+        results, _ = derive(batch, plan.stored, fused_copy_ref, torch.device("cpu"))
         for planned, expected in zip(batch, results, strict=True):
             file = plan.images[planned.rank].name
             with _opened(out / file) as opened:

@@ -84,7 +84,7 @@ def test_too_little_space(source: Path, tmp_path: Path, monkeypatch: pytest.Monk
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("call", ["pwrite", "fsync", "ftruncate"])
+@pytest.mark.parametrize("call", ["pwrite", "fsync", "posix_fallocate"])
 def test_disk_fills_up(
     call: str, source: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -115,6 +115,7 @@ def test_interrupted(source: Path, result: Path) -> None:
 def test_the_old_result_comes_back_if_the_last_rename_fails(
     source: Path, result: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Where two directories cannot be exchanged in one step."""
     before = contents(result.parent)
     rename = Path.rename
 
@@ -124,6 +125,7 @@ def test_the_old_result_comes_back_if_the_last_rename_fails(
         return rename(self, target)
 
     monkeypatch.setattr(Path, "rename", fail)
+    monkeypatch.setattr("fuseport.converter.publish._exchange", lambda one, other: False)
     refused("Input/output error", source, result, overwrite=True)
     assert contents(result.parent) == before
 

@@ -23,12 +23,12 @@ MAIN = "from fuseport.converter.cli import main; main()"
 SLOW = """
 import sys, time
 from pathlib import Path
-from fuseport.converter.checkpoint import Writer
+from fuseport.converter.writer import Writer
 def write(self, *args):
     Path(self.directory).parent.joinpath("begun").touch()
     for _ in range(600):
         time.sleep(0.1)
-Writer.write = write
+Writer.put = write
 """
 WIDTH = 80
 

@@ -23,6 +23,7 @@ from fuseport.converter import (
     verify_checkpoint,
 )
 from fuseport.converter.errors import RecipeError, VerificationError
+from fuseport.converter.limits import Limits
 from fuseport.kernels.codecs import (
     dequantise_blocks,
     dequantise_mx,
@@ -151,7 +152,7 @@ def test_codes_do_not_depend_on_the_batches(
 ) -> None:
     source, recipe = megatron_run("mixtral").checkpoint("per_layer"), hf_recipe("mixtral", quant)
     convert_checkpoint(source, tmp_path / "one", recipe)
-    monkeypatch.setattr("fuseport.converter.convert.BATCH", 1)
+    monkeypatch.setattr(Limits, "window", lambda self, device: 48 << 10)
     convert_checkpoint(source, tmp_path / "many", recipe)
     one, many = load(tmp_path / "one"), load(tmp_path / "many")
     assert one.keys() == many.keys()

@@ -1,0 +1,148 @@
+"""What a conversion will do, known before a weight is read."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from .checkpoint import FileImage
+from .errors import RecipeError
+from .fingerprint import Fingerprint, fingerprint
+from .model import ModelSpec
+from .plan import Planned, on_meta, storage_key
+from .quantise import build
+from .recipe import Recipe
+from .sources.source import Source, open_source
+from .sources.stored import Piece, Stored
+from .state import check_complete, zero_row
+from .targets.table import TARGETS
+from .targets.target import Target, Task, file_images
+
+# The name of the zeros that fill a padded vocabulary, where a source tensor's name is shown.
+PADDING = "(zero rows)"
+
+
+@dataclass(frozen=True)
+class CheckpointPlan:
+    """Everything about a conversion that is known before a weight is read."""
+
+    source: Source
+    spec: ModelSpec
+    recipe: Recipe
+    tensors: list[Planned]
+    stored: Mapping[int, Stored]
+    images: Mapping[int, FileImage]
+    fingerprint: Fingerprint = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the result's weight files."""
+        return sum(image.nbytes for image in self.images.values())
+
+    @property
+    def vocab_size(self) -> int:
+        """The vocabulary without padding."""
+        return self.spec.vocab_size or self._rows
+
+    @property
+    def _rows(self) -> int:
+        return self.source.tensors[self.source.embedding].shape[0]
+
+    @property
+    def target(self) -> Target:
+        """The recipe's target."""
+        return TARGETS[self.recipe.target]
+
+    def settings(self) -> dict[str, Mapping[str, object]]:
+        """The JSON files beside the weights, by name."""
+        sizes: dict[str, dict[str, int]] = {image.name: {} for image in self.images.values()}
+        for planned in self.tensors:
+            sizes[self.images[planned.rank].name][planned.name] = planned.nbytes
+        return self.target.settings(
+            self.spec, self.recipe, self.vocab_size, self.source.handed_on, sizes,
+            sorted({planned.unquantised for planned in self.tensors} - {""}),
+        )  # fmt: skip
+
+    def padding_rows(self) -> dict[str, int]:
+        """Source tensor → elements that are dropped on purpose: training's vocabulary padding.
+
+        A tied model's copy of the embedding on its last pipeline stage is dropped whole.
+        """
+        hidden = self.spec.hidden_size
+        dropped = (self._rows - self.vocab_size) * hidden
+        output = self._rows * hidden if self.spec.share_embeddings_and_output_weights else dropped
+        return {
+            self.source.embedding: dropped,
+            self.source.output: output,
+            PADDING: hidden,
+        }
+
+
+def plan_checkpoint(
+    source: Path | Source,
+    recipe: Recipe,
+    facts: Mapping[str, object] | ModelSpec | None = None,
+) -> CheckpointPlan:
+    """Plan a conversion; reads the source's metadata, no weights.
+
+    Args:
+        source: a checkpoint's directory, or one that is open.
+        recipe: the choice.
+        facts: facts that replace the source's own, by field of `ModelSpec`; or all of them.
+
+    Raises:
+        FuseportError: the source, the facts and the recipe do not go together.
+    """
+    given = dataclasses.asdict(facts) if isinstance(facts, ModelSpec) else facts
+    opened = source if isinstance(source, Source) else open_source(source, given, recipe.family)
+    seen = fingerprint(opened.origin)
+    if isinstance(facts, ModelSpec):
+        spec = facts
+    else:
+        spec = ModelSpec.from_facts(opened.facts, **dict(facts or {}))
+    model = opened.read(opened.tensors, spec)
+    target = TARGETS[recipe.target]
+    target.check(spec, recipe)
+    check_complete(model, spec)
+    zeros = zero_row(model, spec, torch.device("cpu"))
+    twin = torch.empty_like(zeros, device="meta")
+    piece = Piece((0, 0), tuple(zeros.shape), zeros)
+    padding = Stored(PADDING, tuple(zeros.shape), zeros.dtype, (piece,))
+    task = Task(model, spec, recipe, twin, origin=opened.handed_on)
+    stored = {**opened.stored, storage_key(twin): padding}
+    return lay_out_plan(opened, task, stored, seen)
+
+
+def lay_out_plan(
+    source: Source, task: Task, stored: Mapping[int, Stored], seen: Fingerprint
+) -> CheckpointPlan:
+    """The tensors of a task, and the files that they go to.
+
+    Raises:
+        RecipeError: two target tensors of one name, or a dtype without a conversion.
+        FuseportError: what a target's settings cannot say.
+    """
+    target = TARGETS[task.recipe.target]
+    try:
+        planned = list(build(list(target.rules(task)), task.recipe, on_meta))
+    except ValueError as error:
+        raise RecipeError(f"the source's weights cannot be converted: {error}") from error
+    tensors, images = file_images(target, planned, task.recipe)
+    check_unique(tensors)
+    plan = CheckpointPlan(source, task.spec, task.recipe, tensors, stored, images, seen)
+    # What a target's settings cannot say is an error before anything is read.
+    plan.settings()
+    return plan
+
+
+def check_unique(tensors: list[Planned]) -> None:
+    """Raise RecipeError if a file would hold two tensors of one name."""
+    found: set[tuple[int, str]] = set()
+    for one in tensors:
+        if (one.rank, one.name) in found:
+            raise RecipeError(f"two target tensors are called {one.name}; correct the family table")
+        found.add((one.rank, one.name))

@@ -1,0 +1,187 @@
+"""The streaming engine: read → GPU → kernel → host → digest and write, all at the same time.
+
+Windows pass through a few slabs. Threads read the next ones while one is converted and the ones
+before it are written; every copy and every call that waits lets other threads run. On a CPU the
+same path runs in the host's slabs. Rejected: a queue between each two stages, which needs more
+slabs for the same overlap.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+from fuseport.kernels.move import Move
+
+from .backend import Run as RunMoves
+from .cuts import Run
+from .launch import bound_moves, reducer
+from .limits import SLABS, threads
+from .profile import Profile
+from .slabs import Slab, Slabs
+from .windows import Window
+
+# Windows that are being read while another one is converted.
+_AHEAD = SLABS - 1
+# Between looks at what else might have gone wrong.
+_GLANCE = 0.2
+# Events that are kept before the GPU's times are read off.
+_UNSETTLED = 64
+
+
+@dataclass(frozen=True)
+class Filled:
+    """A converted window: call `ready` before its bytes on the host are read.
+
+    `counts` are int64 [cuts, 2] on the host, once it is ready: saturated, non-finite.
+    """
+
+    window: Window
+    host: torch.Tensor
+    ready: Callable[[], object]
+    counts: torch.Tensor
+
+    def bytes_of(self, run: Run, place: int) -> torch.Tensor:
+        """A run's bytes, uint8."""
+        return self.host[place : place + run.nbytes]
+
+
+class Sink(Protocol):
+    """Where converted windows go."""
+
+    def put(self, filled: Filled, done: Callable[[], None]) -> None:
+        """Take a window's bytes; call `done` once they are not needed any more."""
+        ...
+
+    def check(self) -> None:
+        """Raise what went wrong in the background, and report what was done."""
+        ...
+
+
+@dataclass
+class Engine:
+    """Carries windows of at most `size` bytes to a sink.
+
+    `run` and `device` say where moves are run.
+    """
+
+    device: torch.device
+    run: RunMoves
+    size: int
+    sink: Sink
+    profile: Profile = field(default_factory=Profile)
+
+    def __post_init__(self) -> None:
+        self.slabs = Slabs(SLABS, self.size, self.device)
+        self.readers = ThreadPoolExecutor(threads(), "read")
+        cuda = self.device.type == "cuda"
+        self.streams = [torch.cuda.Stream(self.device) for _ in range(2)] if cuda else []
+        self._timed: deque[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    def fill(self, windows: Iterable[Window]) -> None:
+        """Carry every window to the sink; they may still be on their way when this returns.
+
+        Raises:
+            FuseportError: a source cannot be read, or the sink failed.
+        """
+        ahead: deque[tuple[Window, Slab, list[Future[int]]]] = deque()
+        for window in windows:
+            ahead.append(self._start(window))
+            if len(ahead) == _AHEAD:
+                self._convert(*ahead.popleft())
+        while ahead:
+            self._convert(*ahead.popleft())
+
+    def close(self) -> None:
+        """End the threads; what was not begun is left out."""
+        self.readers.shutdown(cancel_futures=True)
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._settle()
+        self.slabs.release()
+
+    def _start(self, window: Window) -> tuple[Window, Slab, list[Future[int]]]:
+        slab = None
+        while slab is None:
+            self.sink.check()
+            slab = self.slabs.take(_GLANCE)
+        tasks = (task for load in window.loads.loads for task in load.tasks(slab.host))
+        return window, slab, [self.readers.submit(self._read, task) for task in tasks]
+
+    def _read(self, task: Callable[[], int]) -> int:
+        with self.profile.busy("read"):
+            nbytes = task()
+        self.profile.add("read", 0.0, nbytes)
+        return nbytes
+
+    def _convert(self, window: Window, slab: Slab, reads: list[Future[int]]) -> None:
+        for read in reads:
+            read.result()
+        moves, owners = bound_moves(window, slab.device, self.device)
+        if self.streams:
+            counts, ready = self._on_gpu(window, slab, moves, owners)
+        else:
+            counts, ready = self._on_cpu(window, moves, owners), _nothing
+        if window.measures:
+            ready()
+            self.slabs.give(slab)
+            return
+        filled = Filled(window, slab.host, ready, counts)
+        self.sink.put(filled, lambda: self.slabs.give(slab))
+
+    def _launch(self, window: Window, moves: list[Move], owners: torch.Tensor) -> torch.Tensor:
+        """Run the moves; counts by cut."""
+        counts = self.run(moves, count=True, reduce=reducer(window, self.device))
+        assert counts is not None
+        total = torch.zeros(len(window.cuts), 2, dtype=torch.int64, device=counts.device)
+        return total.index_add_(0, owners.to(counts.device, non_blocking=True), counts)
+
+    def _on_cpu(self, window: Window, moves: list[Move], owners: torch.Tensor) -> torch.Tensor:
+        with self.profile.busy("kernel", window.nbytes):
+            return self._launch(window, moves, owners)
+
+    def _on_gpu(
+        self, window: Window, slab: Slab, moves: list[Move], owners: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[[], object]]:
+        """One copy in, the launches, one copy out; nothing waits for the GPU here."""
+        current, (inward, outward) = torch.cuda.current_stream(self.device), self.streams
+        split, end = window.loads.nbytes, window.nbytes
+        with self._timed_on(inward, "to GPU", split):
+            slab.device[:split].copy_(slab.host[:split], non_blocking=True)
+        current.wait_stream(inward)
+        with self._timed_on(current, "kernel", end):
+            counts = self._launch(window, moves, owners)
+        outward.wait_stream(current)
+        with self._timed_on(outward, "from GPU", end - split):
+            slab.host[split:end].copy_(slab.device[split:end], non_blocking=True)
+            host = counts.to("cpu", non_blocking=True)
+        counts.record_stream(outward)
+        return host, outward.record_event().synchronize
+
+    @contextmanager
+    def _timed_on(self, stream: torch.cuda.Stream, stage: str, nbytes: int) -> Iterator[None]:
+        """Run the block on a stream, and let the GPU take its time."""
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.stream(stream):
+            begin.record(stream)
+            yield
+            end.record(stream)
+        self._timed.append((stage, nbytes, begin, end))
+        while len(self._timed) > _UNSETTLED and self._timed[0][3].query():
+            self._settle(1)
+
+    def _settle(self, most: int | None = None) -> None:
+        """Add what the GPU's clock measured to the profile."""
+        for _ in range(len(self._timed) if most is None else most):
+            stage, nbytes, begin, end = self._timed.popleft()
+            self.profile.add(stage, begin.elapsed_time(end) / 1000, nbytes)
+
+
+def _nothing() -> None:
+    """A CPU's results are ready at once."""
