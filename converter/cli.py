@@ -19,7 +19,11 @@ from .checkpoint_plan import plan_checkpoint
 from .convert import convert_checkpoint
 from .demo import write_demo_checkpoint
 from .errors import FuseportError, RecipeError
+from .forecast import check_destination, forecast
+from .group import joined
 from .hf_family import make_family
+from .limits import Limits, parse_size
+from .profile import Profile
 from .recipe import SHARD_SIZE, USUAL_EXCLUDES, Recipe
 from .verify import verify_checkpoint
 
@@ -56,6 +60,8 @@ Exclude = Annotated[
 Assets = Annotated[
     Path | None, typer.Option("--hf-assets", help="Copy the tokenizer's files from here.")
 ]
+GpuMemory = Annotated[str, typer.Option(help="Most memory on the GPU: 1GiB, 800MB, bytes.")]
+HostMemory = Annotated[str, typer.Option(help="Most private memory of the process.")]
 FamilyFile = Annotated[
     Path | None,
     typer.Option("--family", help="YAML table of an architecture in the Hugging Face layout."),
@@ -84,8 +90,16 @@ def convert(
     hf_assets: Assets = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
+    gpu_memory: GpuMemory = "1GiB",
+    host_memory: HostMemory = "2GiB",
+    check_source: Annotated[bool, typer.Option(help="Check the source's own checksums.")] = True,
+    profile: Annotated[bool, typer.Option("--profile", help="Print each stage's times.")] = False,
 ) -> None:
-    """Convert a checkpoint. OUT appears whole or not at all."""
+    """Convert a checkpoint. OUT appears whole or not at all.
+
+    Under torchrun the processes share the files out.
+    """
     facts = _facts(spec, fact) | ({} if vocab_size is None else {"vocab_size": vocab_size})
     recipe = Recipe(
         target=target,
@@ -99,16 +113,25 @@ def convert(
         shard_size=shard_size,
         family=_table(family),
     )
-    plan = plan_checkpoint(source, recipe, facts)
-    console.print(show.plan_table(plan))
-    if dry_run:
-        return
-    with show.progress(console, "converting", plan.nbytes) as advance:
-        report = convert_checkpoint(
-            plan, out, backend=backend, device=device, overwrite=overwrite, assets=hf_assets,
-            progress=advance,
-        )  # fmt: skip
-    console.print(show.report_text(report))
+    limits = Limits(parse_size(gpu_memory), parse_size(host_memory))
+    times = Profile()
+    with joined() as group:
+        printer = console if group.rank == 0 else Console(quiet=True)
+        plan = plan_checkpoint(source, recipe, facts)
+        printer.print(show.plan_table(plan))
+        if dry_run:
+            check_destination(plan, out, overwrite=overwrite)
+            printer.print(show.forecast_text(forecast(plan, limits, device, group.size)))
+            return
+        with show.progress(printer, "converting", plan.nbytes) as advance:
+            report = convert_checkpoint(
+                plan, out, backend=backend, device=device, overwrite=overwrite, resume=resume,
+                assets=hf_assets, limits=limits, profile=times, check_source=check_source,
+                progress=advance, group=group,
+            )  # fmt: skip
+        printer.print(show.report_text(report))
+        if profile:
+            printer.print(show.profile_table(times))
 
 
 @app.command()
@@ -129,11 +152,21 @@ def verify(
     source: Annotated[
         Path | None, typer.Option(help="Derive every tensor again and compare bit for bit.")
     ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print a report as JSON.")] = False,
 ) -> None:
     """Check digests and structure, and with --source every bit."""
-    with show.progress(console, "verifying", show.verify_bytes(out, source)) as advance:
-        result = verify_checkpoint(out, source, progress=advance)
-    console.print(show.verification_text(out, result))
+    printer = Console(quiet=True) if json else console
+    try:
+        with show.progress(printer, "verifying", show.verify_bytes(out, source)) as advance:
+            result = verify_checkpoint(out, source, progress=advance)
+    except FuseportError as error:
+        if json:
+            print(show.json_report(out, error))
+        raise
+    if json:
+        print(show.json_report(out, result))
+    else:
+        console.print(show.verification_text(out, result))
 
 
 @app.command()
@@ -225,7 +258,7 @@ def _readable_errors() -> Iterator[None]:
         errors.print(str(error), markup=False, highlight=False, soft_wrap=True)
         sys.exit(FAILED)
     except _Stopped as stopped:
-        errors.print(f"stopped by {signal.Signals(stopped.number).name}; nothing was kept")
+        errors.print(f"stopped by {signal.Signals(stopped.number).name}; OUT is as it was")
         sys.exit(SIGNALLED + stopped.number)
 
 

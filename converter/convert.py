@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from contextlib import suppress
+from contextlib import closing
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from .model import ModelSpec
 from .profile import Profile
 from .publish import Partial, keep_apart, publish
 from .recipe import Recipe
+from .sources.checksums import Checking, summed
 from .sources.megatron import read_model
 from .sources.source import Source
 from .state import check_complete, weights, zero_row
@@ -65,6 +66,7 @@ class Job:
     profile: Profile = field(default_factory=Profile)
     progress: Progress = lambda nbytes: None
     group: Group = field(default_factory=Alone)
+    check_source: bool = True
     sync: bool = True
 
 
@@ -83,6 +85,7 @@ def convert_checkpoint(
     profile: Profile | None = None,
     progress: Progress = lambda nbytes: None,
     group: Group | None = None,
+    check_source: bool = True,
 ) -> Report:
     """Convert a checkpoint into what the recipe's target loads.
 
@@ -101,6 +104,7 @@ def convert_checkpoint(
         profile: where busy times go.
         progress: called with the number of target bytes done since the last call.
         group: the processes that share the work; each of them makes the same call.
+        check_source: look at the checksums that the source keeps of its own bytes.
 
     Raises:
         FuseportError: see `errors`; `out` is as it was.
@@ -113,7 +117,7 @@ def convert_checkpoint(
     keep_apart(plan.source.origin, out)
     job = Job(
         backend, device, overwrite, resume, assets, limits or Limits(), profile or Profile(),
-        progress, group or Alone(),
+        progress, group or Alone(), check_source,
     )  # fmt: skip
     return carry_out(plan, out, job)
 
@@ -217,10 +221,6 @@ def _lead(plan: CheckpointPlan, out: Path, known: Mapping[str, object], job: Job
         ordered = {one.name: results[one.name] for one in plan.images.values()}
         write_json(directory.path / MANIFEST, manifest(plan.source, known, ordered, directory.path))
     group.tell("published", {name: asdict(result) for name, result in ordered.items()})
-    # The store may live in this process, so it stays until all have heard.
-    with suppress(RankError):
-        for rank in range(1, group.size):
-            group.hear("heard", rank)
     return ordered
 
 
@@ -231,7 +231,6 @@ def _follow(plan: CheckpointPlan, out: Path, known: Mapping[str, object], job: J
     results = _own_files(plan, Partial(Path(begun["path"]), finished), job)
     job.group.tell("done", {name: asdict(result) for name, result in results.items()})
     published = job.group.hear("published", 0)
-    job.group.tell("heard", True)
     return {name: FileResult(**result) for name, result in published.items()}
 
 
@@ -241,9 +240,14 @@ def _own_files(plan: CheckpointPlan, directory: Partial, job: Job) -> Results:
     todo = {n: image.nbytes for n, image in images.items() if image.name not in directory.finished}
     mine = shares(todo, job.group.size)[job.group.rank]
 
+    group = job.group
+    records = summed(plan.stored.values())[group.rank :: group.size] if job.check_source else []
+    checking = Checking(records, job.profile)
+
     def progress(nbytes: int) -> None:
+        checking.glance()
         job.progress(nbytes)
-        job.group.advance(nbytes)
+        group.advance(nbytes)
 
     def finished(number: int, result: FileResult) -> None:
         directory.record(images[number].name, result)
@@ -252,8 +256,10 @@ def _own_files(plan: CheckpointPlan, directory: Partial, job: Job) -> Results:
         directory.path, images, job.profile, progress, finished if job.sync else _skip,
         sync=job.sync,
     )  # fmt: skip
-    results = _fill(plan, writer, mine, job) if mine else {}
-    old = {} if job.group.rank else dict(directory.finished)
+    with closing(checking):
+        results = _fill(plan, writer, mine, job) if mine else {}
+        checking.finish()
+    old = {} if group.rank else dict(directory.finished)
     return old | {images[number].name: result for number, result in results.items()}
 
 

@@ -15,8 +15,8 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import Any, Protocol
@@ -30,6 +30,8 @@ from .errors import RankError
 # advance counts as hanging.
 BEAT, SILENCE, STANDSTILL = 1.0, 15.0, 600.0
 _GLANCE = 0.05
+# How long rank 0 waits for the others when all is over.
+_FAREWELL = 5.0
 
 
 class Group(Protocol):
@@ -162,7 +164,13 @@ class Ranks:
             self._store.compare_set("failed", "", text)
 
     def close(self) -> None:
-        """As `Group.close`."""
+        """As `Group.close`; rank 0, where the store may live, lets the others hear why it ends."""
+        with suppress(RuntimeError):
+            self._store.set(f"bye/{self.rank}", "")
+            deadline = time.monotonic() + _FAREWELL
+            others = [f"bye/{rank}" for rank in self._pulses]
+            while self.rank == 0 and time.monotonic() < deadline and not self._store.check(others):
+                time.sleep(_GLANCE)
         self._stop.set()
         self._thread.join()
 
@@ -213,20 +221,27 @@ class Ranks:
             ) from error
 
 
-def joined(silence: float = SILENCE) -> Group:
+@contextmanager
+def joined() -> Iterator[Group]:
     """The group that the environment says this process belongs to: torchrun's, or none.
 
     Raises:
         RankError: the others cannot be reached.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        return Alone()
+    group: Group = Alone()
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        try:
+            store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(seconds=30))))
+        except (RuntimeError, ValueError) as error:
+            raise RankError(f"the other processes cannot be reached: {error}") from error
+        group = Ranks(store, rank, size, SILENCE)
     try:
-        found = rendezvous("env://", timeout=timedelta(seconds=30))
-        store, rank, size = next(iter(found))
-    except (RuntimeError, ValueError) as error:
-        raise RankError(f"the other processes cannot be reached: {error}") from error
-    return Ranks(store, rank, size, silence)
+        yield group
+    except BaseException as error:
+        group.fail(error)
+        raise
+    finally:
+        group.close()
 
 
 def shares(sizes: Mapping[int, int], size: int) -> list[list[int]]:

@@ -6,6 +6,7 @@ The bounds are for one process, and hold for any size of model: windows are made
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,24 @@ class Limits:
     def peak(self, device: torch.device) -> int:
         """The most host memory that a conversion takes, in bytes."""
         return BASE + SLABS * self.window(device)
+
+
+_UNITS = {
+    "": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
+    "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30, "TIB": 1 << 40,
+}  # fmt: skip
+
+
+def parse_size(text: str) -> int:
+    """Bytes of "1GiB", "800 MB" or "4000000".
+
+    Raises:
+        RecipeError: it is something else.
+    """
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([A-Za-z]*)\s*", text)
+    if match is None or match[2].upper() not in _UNITS:
+        raise RecipeError(f"a size is {text!r}; expected a number and a unit, as in 2GiB or 800MB")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
 def threads() -> int:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 # The stages in the order of the bytes' way.
-STAGES = ("read", "to GPU", "kernel", "from GPU", "digest", "write", "fsync")
+STAGES = ("check", "read", "to GPU", "kernel", "from GPU", "digest", "write", "fsync")
 
 
 @dataclass

@@ -208,6 +208,15 @@ def keep_apart(source: Path, out: Path) -> None:
         )
 
 
+def check_output(out: Path, overwrite: bool, needed: int) -> None:
+    """Raise OutputError if `out` is in the way, or its place is full or not writable."""
+    _check_destination(out, overwrite)
+    place = next(one for one in out.parents if one.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise OutputError(f"cannot write {out}: {place} is not a directory that can be written")
+    _check_space(place, needed)
+
+
 def _check_destination(out: Path, overwrite: bool) -> None:
     if not os.path.lexists(out):
         return

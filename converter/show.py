@@ -25,8 +25,11 @@ from rich.table import Table
 from .checkpoint import MANIFEST, read_json
 from .checkpoint_plan import CheckpointPlan
 from .convert import Report
+from .errors import FuseportError
+from .forecast import Forecast
 from .hf_family import Table as FamilyTable
 from .model import ModelSpec
+from .profile import Profile
 from .read_manifest import SETTINGS, read_manifest
 from .sources.source import Source, open_source
 from .verify import Verification
@@ -84,6 +87,37 @@ def report_text(report: Report) -> str:
                 f"{what}, most in {escape(worst)} ({counts[worst]})"
             )
     return "\n".join(lines)
+
+
+def forecast_text(known: Forecast) -> str:
+    """What a conversion would take."""
+    minutes, seconds = divmod(round(known.seconds), 60)
+    gpu = f", {size(known.gpu_peak)} on the GPU" if known.gpu_peak else ""
+    return (
+        f"reads {size(known.read)}, writes {size(known.written)}; at most {size(known.host_peak)} "
+        f"of the host's memory{gpu} for each process; about {minutes} min {seconds} s\n"
+        f"[dim]the time is a guess from a short trial on this machine[/]"
+    )
+
+
+def profile_table(profile: Profile) -> Table:
+    """How long each stage was busy, over all its threads."""
+    title = f"busy times (they overlap; the run took {profile.elapsed:.1f} s)"
+    table = Table("stage", "seconds", "size", "GB/s", title=title, title_justify="left")
+    for name, stage in profile.stages.items():
+        speed = f"{stage.nbytes / stage.seconds / 1e9:.2f}" if stage.seconds else ""
+        table.add_row(name, f"{stage.seconds:.2f}", size(stage.nbytes), speed)
+    return table
+
+
+def json_report(out: Path, result: Verification | FuseportError) -> str:
+    """A verification's result for programs: `verified`, then what was checked, or the error."""
+    if isinstance(result, FuseportError):
+        kind = type(result).__name__
+        values: dict[str, object] = {"verified": False, "error": kind, "message": str(result)}
+    else:
+        values = {"verified": True, **dataclasses.asdict(result)}
+    return json.dumps({"out": str(out), **values}, indent=2)
 
 
 def verification_text(out: Path, result: Verification) -> str:

@@ -12,13 +12,13 @@ from __future__ import annotations
 import collections
 import io
 import pickle
-import pickletools
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
 from ..errors import CorruptSourceError, SourceError, UnsafeSourceError
+from .pickle_guard import SMALL, end_of_pickle, try_in_child
 
 MAX_PICKLE_BYTES = 256 * 2**20
 
@@ -54,8 +54,6 @@ _INERT_PATHS = frozenset(
        "numpy._core.multiarray._reconstruct", "pathlib.PosixPath", "pathlib.PurePosixPath",
        "pathlib._local.PosixPath"]
 )  # fmt: skip
-# The operations that number an object, for another operation to refer to.
-_NUMBERING = frozenset(["PUT", "BINPUT", "LONG_BINPUT"])
 _INERT_PREFIXES = ("megatron.", "transformer_engine.", "transformer_engine_torch.")
 
 _VALUES: dict[str, Any] = {
@@ -166,6 +164,14 @@ def load_pickle(data: bytes, where: str, limit: int = MAX_PICKLE_BYTES) -> Any:
     """
     if len(data) > limit:
         raise CorruptSourceError(f"{where}: a pickle of {len(data)} bytes; at most {limit} is read")
+    if len(data) <= SMALL:
+        end_of_pickle(data, where)
+    else:
+        try_in_child(_Unpickler(data, where).load, len(data), where)
+    return _load(data, where)
+
+
+def _load(data: bytes, where: str) -> Any:
     try:
         return _Unpickler(data, where).load()
     except SourceError:
@@ -178,31 +184,15 @@ def load_pickle(data: bytes, where: str, limit: int = MAX_PICKLE_BYTES) -> Any:
 def load_small_pickles(data: bytes, count: int, where: str) -> tuple[list[Any], int]:
     """`count` pickles one after the other, and the position after them.
 
-    Each operation is looked at before it is run, so this is for pickles of few operations: one
-    that numbers more objects than it has bytes would make the unpickler fill all memory.
-    Raises as `load_pickle` does.
+    Each operation is looked at before it is run, so this is for pickles of few operations. Raises
+    as `load_pickle` does.
     """
     values, start = [], 0
     for _ in range(count):
-        stop = _end(data[start:], where) + start
-        values.append(load_pickle(data[start:stop], where))
+        stop = end_of_pickle(data[start:], where) + start
+        values.append(_load(data[start:stop], where))
         start = stop
     return values, start
-
-
-def _end(data: bytes, where: str) -> int:
-    """Where the first pickle ends; CorruptSourceError if it never does, or numbers too much."""
-    try:
-        for opcode, argument, position in pickletools.genops(data):
-            if opcode.name in _NUMBERING and int(argument or 0) > len(data):
-                raise ValueError(f"object number {argument}")
-            if opcode.name == "STOP":
-                assert position is not None
-                return position + 1
-    # As above: damage can raise nearly anything.
-    except Exception as error:
-        raise CorruptSourceError(f"{where}: not a readable pickle ({error!r})") from error
-    raise CorruptSourceError(f"{where}: not a readable pickle (it has no end)")
 
 
 def pickled_tensor(value: object, where: str) -> PickledTensor:

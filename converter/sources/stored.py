@@ -31,10 +31,15 @@ _OPEN_FILES = 64
 
 @dataclass(frozen=True)
 class FileRange:
-    """The first byte of a row-major array in a file. `offset` is in bytes."""
+    """The first byte of a row-major array in a file. `offset` is in bytes.
+
+    `crc` is the CRC-32 that the file keeps of the array's `nbytes` bytes; None if it keeps none.
+    """
 
     path: Path
     offset: int
+    nbytes: int = 0
+    crc: int | None = None
 
 
 @dataclass(frozen=True)

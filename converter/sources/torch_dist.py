@@ -253,7 +253,8 @@ def _piece(chunk: _Chunk, path: Path, fd: int) -> Piece:
         )
     if not tensor.plain:
         raise SourceError(f"{chunk.where}: saved with strides {tensor.stride}, not contiguous")
-    return Piece(chunk.offset, chunk.shape, FileRange(path, chunk.start + found.offset))
+    data = FileRange(path, chunk.start + found.offset, nbytes, found.crc)
+    return Piece(chunk.offset, chunk.shape, data)
 
 
 def _check_range(fd: int, start: int, length: int, where: str) -> None:

@@ -81,11 +81,12 @@ class Window:
 
 @dataclass(frozen=True)
 class Payload:
-    """The single tensor of a zip: its description, and its bytes as a range of the window."""
+    """The single tensor of a zip: its description, its bytes as a range, and their CRC-32."""
 
     tensor: PickledTensor
     offset: int
     size: int
+    crc: int
 
 
 def find_payload(window: Window, where: str) -> Payload:
@@ -104,7 +105,7 @@ def find_payload(window: Window, where: str) -> Payload:
         start = _data_start(window, payload, where)
         if start + payload.file_size > archive.start_dir:
             raise CorruptSourceError(f"{where}: the data record runs past its zip")
-        return Payload(tensor, start, payload.file_size)
+        return Payload(tensor, start, payload.file_size, payload.CRC)
 
 
 def read_saved_object(file: Window | IO[bytes], where: str) -> object:
