@@ -1,6 +1,6 @@
 """Converts a sparse checkpoint of about 40 GB, and says how much memory the process took.
 
-    PYTHONPATH=tests/support python -m fuseport_testing.large DIRECTORY [LAYERS] [options of convert]
+    PYTHONPATH=tests/support python -m fuseport_testing.large DIRECTORY LAYERS [options]
 
 The most private memory is sampled from the system's RssAnon; VmHWM is its own maximum, files of
 the page cache that are mapped included.
