@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -15,6 +17,8 @@ import pytest
 from fuseport_testing.tiny import SPEC, tiny_weights, write_tiny
 
 from fuseport.converter import cli
+from fuseport.converter.limits import parse_size
+from fuseport.converter.profile import STAGES
 
 # The command, as the installed script runs it.
 MAIN = "from fuseport.converter.cli import main; main()"
@@ -130,6 +134,43 @@ def test_dry_run_writes_nothing(run: Run, source: Path, tmp_path: Path) -> None:
     assert err.startswith("RecipeError: num_attention_heads = 4 cannot be split evenly")
 
 
+def test_dry_run_says_what_it_would_take(run: Run, source: Path, tmp_path: Path) -> None:
+    printed, _ = run("convert", source, tmp_path / "out", "--dry-run", "--host-memory", "1GiB")
+    words = " ".join(printed.split())
+    assert re.search(r"reads [\d.]+ kB, writes [\d.]+ kB; at most 1.1 GB of the host's", words)
+    assert "about 0 min" in words
+    (tmp_path / "file").touch()
+    for out, match in ((tmp_path / "file", "is a file"), (source / "out", "among the source")):
+        _, err = run("convert", source, out, "--dry-run", status=1)
+        assert err.startswith("OutputError:")
+        assert match in err
+
+
+def test_profile_and_report(run: Run, source: Path, tmp_path: Path) -> None:
+    printed, _ = run("convert", source, tmp_path / "out", "--profile")
+    assert all(name in printed for name in STAGES)
+    report = json.loads(run("verify", tmp_path / "out", "--source", source, "--json")[0])
+    assert report["verified"] is True
+    assert report["accounting"]["dropped"]
+    (tmp_path / "out" / "config.json").unlink()
+    out, err = run("verify", tmp_path / "out", "--json", status=1)
+    assert json.loads(out)["error"] == "VerificationError"
+    assert "config.json is missing" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("7", 7), ("2GiB", 2 << 30), ("1.5 MB", 1_500_000), ("3kib", 3072)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "x", "-1", "1 XB", "GiB"])
+def test_sizes_that_are_none(text: str, run: Run, source: Path, tmp_path: Path) -> None:
+    _, err = run("convert", source, tmp_path / "out", f"--host-memory={text}", status=1)
+    assert err.startswith("RecipeError: a size is")
+
+
 def test_overwrite(run: Run, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     run("convert", source, out)
@@ -230,5 +271,5 @@ def test_a_signal_leaves_nothing(number: signal.Signals, source: Path, tmp_path:
     _, err = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert "Traceback" not in err
-    assert f"stopped by {number.name}; nothing was kept" in err
+    assert f"stopped by {number.name}; OUT is as it was" in err
     assert os.listdir(tmp_path) == ["begun"]
