@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Protocol
 
 import pytest
-from fuseport_testing.tiny import SPEC, tiny_weights, write_tiny
+from fuseport_testing.tiny import ITERATION, SPEC, tiny_weights, write_tiny
 
 from fuseport.converter import cli
 from fuseport.converter.limits import parse_size
@@ -140,20 +140,26 @@ def test_dry_run_says_what_it_would_take(run: Run, source: Path, tmp_path: Path)
     assert re.search(r"reads [\d.]+ kB, writes [\d.]+ kB; at most 1.1 GB of the host's", words)
     assert "about 0 min" in words
     (tmp_path / "file").touch()
-    for out, match in ((tmp_path / "file", "is a file"), (source / "out", "among the source")):
+    for out, match in (
+        (tmp_path / "file", "is a file"),
+        (source / ITERATION / "out", "among the source"),
+    ):
         _, err = run("convert", source, out, "--dry-run", status=1)
         assert err.startswith("OutputError:")
         assert match in err
 
 
-def test_profile_and_report(run: Run, source: Path, tmp_path: Path) -> None:
-    printed, _ = run("convert", source, tmp_path / "out", "--profile")
+def test_profile_and_report(
+    run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    printed, _ = run("convert", source, "out", "--profile")
     assert all(name in printed for name in STAGES)
-    report = json.loads(run("verify", tmp_path / "out", "--source", source, "--json")[0])
+    report = json.loads(run("verify", "out", "--source", source, "--json")[0])
     assert report["verified"] is True
     assert report["accounting"]["dropped"]
     (tmp_path / "out" / "config.json").unlink()
-    out, err = run("verify", tmp_path / "out", "--json", status=1)
+    out, err = run("verify", "out", "--json", status=1)
     assert json.loads(out)["error"] == "VerificationError"
     assert "config.json is missing" in err
 
