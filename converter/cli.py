@@ -7,6 +7,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,12 +16,12 @@ import yaml
 from rich.console import Console
 
 from . import show
-from .checkpoint_plan import plan_checkpoint
+from .checkpoint_plan import CheckpointPlan, plan_checkpoint
 from .convert import convert_checkpoint
 from .demo import write_demo_checkpoint
 from .errors import FuseportError, RecipeError
 from .forecast import check_destination, forecast
-from .group import joined
+from .group import Group, joined
 from .hf_family import make_family
 from .limits import Limits, parse_size
 from .profile import Profile
@@ -113,25 +114,47 @@ def convert(
         shard_size=shard_size,
         family=_table(family),
     )
-    limits = Limits(parse_size(gpu_memory), parse_size(host_memory))
-    times = Profile()
+    options = Options(
+        backend, device, overwrite, resume, hf_assets, check_source,
+        Limits(parse_size(gpu_memory), parse_size(host_memory)),
+    )  # fmt: skip
     with joined() as group:
         printer = console if group.rank == 0 else Console(quiet=True)
         plan = plan_checkpoint(source, recipe, facts)
         printer.print(show.plan_table(plan))
         if dry_run:
             check_destination(plan, out, overwrite=overwrite)
-            printer.print(show.forecast_text(forecast(plan, limits, device, group.size)))
+            printer.print(show.forecast_text(forecast(plan, options.limits, device, group.size)))
             return
-        with show.progress(printer, "converting", plan.nbytes) as advance:
-            report = convert_checkpoint(
-                plan, out, backend=backend, device=device, overwrite=overwrite, resume=resume,
-                assets=hf_assets, limits=limits, profile=times, check_source=check_source,
-                progress=advance, group=group,
-            )  # fmt: skip
-        printer.print(show.report_text(report))
+        times = _convert(plan, out, options, group, printer)
         if profile:
             printer.print(show.profile_table(times))
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a plan is carried out: `convert_checkpoint`'s arguments of these names."""
+
+    backend: str
+    device: str
+    overwrite: bool
+    resume: bool
+    assets: Path | None
+    check_source: bool
+    limits: Limits
+
+
+def _convert(
+    plan: CheckpointPlan, out: Path, options: Options, group: Group, printer: Console
+) -> Profile:
+    """Convert with a bar and a report; the busy times."""
+    times = Profile()
+    with show.progress(printer, "converting", plan.nbytes) as advance:
+        report = convert_checkpoint(
+            plan, out, profile=times, progress=advance, group=group, **vars(options)
+        )
+    printer.print(show.report_text(report))
+    return times
 
 
 @app.command()
