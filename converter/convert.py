@@ -15,7 +15,7 @@ from .backend import choose, default_device
 from .checkpoint import MANIFEST, copy_assets, write_json
 from .checkpoint_plan import CheckpointPlan, lay_out_plan, plan_checkpoint
 from .engine import Engine
-from .errors import RankError
+from .errors import OutputError, RankError
 from .fingerprint import check_unchanged
 from .group import STANDSTILL, Alone, Group, shares
 from .limits import Limits
@@ -182,7 +182,8 @@ def carry_out(plan: CheckpointPlan, out: Path, job: Job) -> Report:
         _agree(known, job.group)
         results = (_lead if job.group.rank == 0 else _follow)(plan, Path(out), known, job)
     except BaseException as error:
-        job.group.fail(error)
+        if (cause := job.group.fail(error)) is not None:
+            raise cause from error
         raise
     counts = lost(results, "saturated"), lost(results, "nonfinite")
     return Report(Path(out), plan.nbytes, len(plan.tensors), *counts)
@@ -228,7 +229,10 @@ def _follow(plan: CheckpointPlan, out: Path, known: Mapping[str, object], job: J
     """Any other rank: fills its files, and ends when rank 0 has published all."""
     begun = job.group.hear("begun", 0)
     finished = {name: FileResult(**result) for name, result in begun["finished"].items()}
-    results = _own_files(plan, Partial(Path(begun["path"]), finished), job)
+    try:
+        results = _own_files(plan, Partial(Path(begun["path"]), finished), job)
+    except OSError as error:
+        raise OutputError(f"cannot write {out}: {error.strerror or error}") from error
     job.group.tell("done", {name: asdict(result) for name, result in results.items()})
     published = job.group.hear("published", 0)
     return {name: FileResult(**result) for name, result in published.items()}

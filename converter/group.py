@@ -26,9 +26,9 @@ from torch.distributed.rendezvous import rendezvous
 
 from .errors import RankError
 
-# Seconds: between beats, until a silent process counts as dead, and until one that does not
-# advance counts as hanging.
-BEAT, SILENCE, STANDSTILL = 1.0, 15.0, 600.0
+# Seconds: between beats, until a silent process counts as dead, until one that never was heard
+# does, and until one that does not advance counts as hanging.
+BEAT, SILENCE, JOINING, STANDSTILL = 1.0, 15.0, 25.0, 600.0
 _GLANCE = 0.05
 # How long rank 0 waits for the others when all is over.
 _FAREWELL = 5.0
@@ -60,8 +60,8 @@ class Group(Protocol):
         """
         ...
 
-    def fail(self, error: BaseException) -> None:
-        """Tell all others to end."""
+    def fail(self, error: BaseException) -> RankError | None:
+        """Tell all others to end; what another one had told before, if that is the cause."""
         ...
 
     def close(self) -> None:
@@ -83,8 +83,9 @@ class Alone:
     def advance(self, nbytes: int) -> None:
         """Nobody waits."""
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> RankError | None:
         """Nobody has to know."""
+        return None
 
     def close(self) -> None:
         """Nothing to end."""
@@ -128,6 +129,8 @@ class Ranks:
         self._stop = threading.Event()
         self._own = f"rank {rank} ({socket.gethostname()}, process {os.getpid()})"
         self._ask(lambda: store.set(f"name/{rank}", self._own))
+        # Whoever joined has beaten once: from then on its silence counts.
+        self._ask(lambda: store.set(f"beat/{rank}", "0 0"))
         self._thread = threading.Thread(target=self._beat, daemon=True, name="heartbeat")
         self._thread.start()
 
@@ -155,13 +158,15 @@ class Ranks:
         if time.monotonic() - self._looked > BEAT:
             self._look_after()
 
-    def fail(self, error: BaseException) -> None:
+    def fail(self, error: BaseException) -> RankError | None:
         """As `Group.fail`."""
         own = f"{self._own} failed: {type(error).__name__}: {error}"
         # A store that is gone is known to everybody; what failed first is what counts.
         with suppress(RuntimeError):
             text = str(error) if isinstance(error, RankError) else own
-            self._store.compare_set("failed", "", text)
+            first = bytes(self._store.compare_set("failed", "", text)).decode()
+            return RankError(first) if first not in (text, own) else None
+        return None
 
     def close(self) -> None:
         """As `Group.close`; rank 0, where the store may live, lets the others hear why it ends."""
@@ -195,9 +200,10 @@ class Ranks:
                     pulse.beat, pulse.seen = beat, self._looked
                 if progress != pulse.progress:
                     pulse.progress, pulse.advanced = progress, self._looked
-            if self._looked - pulse.seen > self._silence:
+            patience = self._silence if pulse.beat else max(self._silence, JOINING)
+            if self._looked - pulse.seen > patience:
                 raise RankError(
-                    f"{self._name(rank)} gave no sign of life for {self._silence:.0f} s: it died "
+                    f"{self._name(rank)} gave no sign of life for {patience:.0f} s: it died "
                     f"or hangs; look at its output, and run again"
                 )
 
