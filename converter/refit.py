@@ -78,8 +78,9 @@ class Refit:
         self._here = Here(
             self._plan.process, self._live.tensors, copier(backend, device), group, device
         )
-        self._outputs, self._everything = outputs, None
-        self._graph, self._replay = graph, None
+        self._outputs, self._graph = outputs, graph
+        self._everything: tuple[Pass, list[Tensors]] | None = None
+        self._replay: Callable[[], None] | None = None
         self._buckets: dict[int, list[tuple[Pass, Bucket]]] = {}
         if graph and (device.type != "cuda" or any(map(any, self.traffic))):
             raise RecipeError(

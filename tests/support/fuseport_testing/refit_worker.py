@@ -16,6 +16,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+
+from fuseport.converter import ModelSpec, Recipe, convert_state_dict
+from fuseport.converter.refit import Refit
+from fuseport.converter.shards import Place
 from fuseport_testing.cases import Case, megatron_args
 from fuseport_testing.small_models import (
     State,
@@ -24,10 +28,6 @@ from fuseport_testing.small_models import (
     random_state,
     small,
 )
-
-from fuseport.converter import ModelSpec, Recipe, convert_state_dict
-from fuseport.converter.refit import Refit
-from fuseport.converter.shards import Place
 
 ROWS = re.compile(r"word_embeddings|output_layer|linear_qkv\.|linear_fc1\.")
 COLUMNS = re.compile(r"linear_(proj|fc2)\.weight")
