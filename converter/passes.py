@@ -30,7 +30,7 @@ Make = Callable[[Sequence[Move]], Copy]
 
 
 @dataclass(frozen=True)
-class Place:
+class Source:
     """A part of a parameter, by the parameter's name in the whole model."""
 
     name: str
@@ -42,14 +42,14 @@ class Feed:
     """A move whose source is a place in a live parameter, or memory that stays where it is."""
 
     dst: torch.Tensor
-    src: Place | torch.Tensor
+    src: Source | torch.Tensor
     shift: float = 0.0
     quant: Scheme | None = None
 
     def move(self, live: Mapping[str, torch.Tensor]) -> Move:
         """Over the parameters as they are now."""
         src = self.src
-        if isinstance(src, Place):
+        if isinstance(src, Source):
             src = src.view.of(live[src.name])
         return Move(self.dst, src, self.shift, self.quant)
 
@@ -71,7 +71,7 @@ class Batch:
         """Go after parameters that have moved; False if a captured graph is no longer good."""
         touched = False
         for index, feed in enumerate(self._feeds):
-            if isinstance(feed.src, Place) and feed.src.name in moved:
+            if isinstance(feed.src, Source) and feed.src.name in moved:
                 self._moves[index], touched = feed.move(live), True
         if not touched or (self._copy is not None and self._copy.follow(self._moves)):
             return True
@@ -219,7 +219,7 @@ class Pass:
             return
         self._posts += [operation(dist.isend, buffer, one, here.group) for one in message.takers]
         for part, view in zip(message.parts, views, strict=True):
-            place = Place(part.source, part.slice.view(here.process))
+            place = Source(part.source, part.slice.view(here.process))
             move = part.move
             yield Feed(view, place, move.shift, move.quant) if part.is_ready else Feed(view, place)
 
@@ -246,12 +246,12 @@ class Pass:
             return Feed(dst, source)
         return Feed(dst, source, part.move.shift, quant)
 
-    def _source(self, part: Part) -> Place | torch.Tensor:
+    def _source(self, part: Part) -> Source | torch.Tensor:
         """What has arrived, or where it is in a parameter."""
         arrived = self._arrived.get(id(part))
         if arrived is not None:
             return arrived
-        return Place(part.source, part.slice.view(self._here.process))
+        return Source(part.source, part.slice.view(self._here.process))
 
     def _by_way_of_a_matrix(self, move: Move, parts: Sequence[Part], workspace: Workspace) -> Feed:
         """All parts of a source put together as they are; then the move itself."""
