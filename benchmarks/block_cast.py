@@ -55,7 +55,7 @@ def verl_cast() -> Cast | None:
         return None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return lambda src: module.scaled_fp8_blockwise(src, [128, 128])  # type: ignore[no-any-return]
+    return lambda src: module.scaled_fp8_blockwise(src, [128, 128])
 
 
 def split(name: str, value: torch.Tensor, spec: ModelSpec) -> Iterator[torch.Tensor]:

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from .passes import Workspace, padded
+from .feeds import Workspace, padded
 from .plan import batches, storage_key
 from .transfers import Wanted
 

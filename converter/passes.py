@@ -8,7 +8,7 @@ parameter that has moved changes addresses in its moves alone.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,89 +17,12 @@ import torch.distributed as dist
 from fuseport.kernels.move import Move
 from fuseport.kernels.quant import Regional, Scheme
 
-from .backend import Copy
+from .codes import Box, own_scheme, scales_of
 from .exchange import operation
+from .feeds import Batch, Feed, Make, Source, Workspace, padded
 from .plan import Planned, bind, storage_key
 from .quantise import on_real
-from .slices import View
-from .transfers import Message, Part, Wanted, messages
-
-ALIGNMENT = 256
-
-Make = Callable[[Sequence[Move]], Copy]
-
-
-@dataclass(frozen=True)
-class Source:
-    """A part of a parameter, by the parameter's name in the whole model."""
-
-    name: str
-    view: View
-
-
-@dataclass(frozen=True)
-class Feed:
-    """A move whose source is a place in a live parameter, or memory that stays where it is."""
-
-    dst: torch.Tensor
-    src: Source | torch.Tensor
-    shift: float = 0.0
-    quant: Scheme | None = None
-
-    def move(self, live: Mapping[str, torch.Tensor]) -> Move:
-        """Over the parameters as they are now."""
-        src = self.src
-        if isinstance(src, Source):
-            src = src.view.of(live[src.name])
-        return Move(self.dst, src, self.shift, self.quant)
-
-
-class Batch:
-    """Feeds that run together; none is no work."""
-
-    def __init__(self, feeds: Sequence[Feed], live: Mapping[str, torch.Tensor], make: Make) -> None:
-        self._feeds, self._make = tuple(feeds), make
-        self._moves = [feed.move(live) for feed in feeds]
-        self._copy = make(self._moves) if feeds else None
-
-    def run(self) -> None:
-        """Launch every kind once."""
-        if self._copy is not None:
-            self._copy.run()
-
-    def follow(self, moved: set[str], live: Mapping[str, torch.Tensor]) -> bool:
-        """Go after parameters that have moved; False if a captured graph is no longer good."""
-        touched = False
-        for index, feed in enumerate(self._feeds):
-            if isinstance(feed.src, Source) and feed.src.name in moved:
-                self._moves[index], touched = feed.move(live), True
-        if not touched or (self._copy is not None and self._copy.follow(self._moves)):
-            return True
-        self._copy = self._make(self._moves)
-        return False
-
-
-class Workspace:
-    """Memory that passes share, one after the other: each takes from its beginning."""
-
-    def __init__(self, nbytes: int, device: torch.device) -> None:
-        self._memory = torch.empty(nbytes, dtype=torch.uint8, device=device)
-        self._used = 0
-
-    def rewind(self) -> None:
-        """Begin anew: what was taken before will be overwritten."""
-        self._used = 0
-
-    def take(self, nbytes: int) -> torch.Tensor:
-        """uint8 [nbytes], aligned."""
-        begin = self._used
-        self._used += padded(nbytes)
-        return self._memory[begin : begin + nbytes]
-
-
-def padded(nbytes: int) -> int:
-    """The bytes that are taken for so many."""
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+from .transfers import Message, Part, Wanted, carve, messages
 
 
 @dataclass(frozen=True)
@@ -119,13 +42,13 @@ class Here:
 def workspace_bytes(tensors: Sequence[Wanted], process: int) -> int:
     """Bytes that a pass takes for messages and for matrices that arrive in parts."""
     sizes = [message.nbytes for message in messages(tensors) if _takes_part(message, process)]
-    sizes += [
-        move.src.numel() * move.src.dtype.itemsize
-        for one in tensors
-        if process in one.wanters
-        for move, parts in zip(one.planned.moves, one.parts, strict=True)
-        if _by_matrix(move, parts)
-    ]
+    for one in tensors:
+        if process not in one.wanters:
+            continue
+        for move, parts in zip(one.planned.moves, one.parts, strict=True):
+            if _by_matrix(move, parts):
+                sizes.append(move.src.numel() * move.src.dtype.itemsize)
+            sizes += [part.nbytes for part in parts if _is_staged(part, process)]
     return sum(map(padded, sizes))
 
 
@@ -137,7 +60,14 @@ def _by_matrix(move: Move, parts: Sequence[Part]) -> bool:
     """True if the source must be whole first: regions of a scale would be cut."""
     if not isinstance(move.quant, Regional) or len(parts) < 2:
         return False
-    return any(_scheme(move, part.slice.dst) is None for part in parts)
+    return any(part.box is None and _scheme(move, part.slice.dst) is None for part in parts)
+
+
+def _is_staged(part: Part, process: int) -> bool:
+    """True if codes are made here beside the matrix that has them as some of its columns."""
+    if part.box is None or process in part.takers:
+        return False
+    return part.box.columns != part.box.quant.columns
 
 
 def _scheme(move: Move, dst: torch.Tensor) -> Scheme | None:
@@ -168,7 +98,7 @@ class Pass:
         here: Here,
     ) -> None:
         self._here, self._real = here, dict(outputs)
-        self._arrived: dict[int, torch.Tensor] = {}
+        self._arrived: dict[int, Sequence[torch.Tensor]] = {}
         self._posts: list[dist.P2POp] = []
         packed = [feed for one in messages(tensors) for feed in self._post(one, workspace)]
         mine = [one for one in tensors if here.process in one.wanters]
@@ -218,39 +148,63 @@ class Pass:
             self._posts.append(operation(dist.irecv, buffer, message.holder, here.group))
             return
         self._posts += [operation(dist.isend, buffer, one, here.group) for one in message.takers]
-        for part, view in zip(message.parts, views, strict=True):
-            place = Source(part.source, part.slice.view(here.process))
-            move = part.move
-            yield Feed(view, place, move.shift, move.quant) if part.is_ready else Feed(view, place)
+        for part, cargo in zip(message.parts, views, strict=True):
+            yield self._packed(part, cargo)
+
+    def _packed(self, part: Part, cargo: Sequence[torch.Tensor]) -> Feed:
+        """What travels, made here: the elements as they are, cast, or codes and their scales."""
+        move, source = part.move, self._source(part)
+        if part.box is not None:
+            codes, scales = cargo
+            return Feed(codes, source, move.shift, own_scheme(part.box, scales))
+        if part.is_ready:
+            return Feed(cargo[0], source, move.shift, move.quant)
+        return Feed(cargo[0], source)
 
     def _is_late(self, one: Wanted) -> bool:
         """True if something must arrive, or be gathered, before the tensor can be filled."""
-        pairs = zip(one.planned.moves, one.parts, strict=True)
+        process = self._here.process
         return any(
-            _by_matrix(move, parts) or any(self._here.process in part.takers for part in parts)
-            for move, parts in pairs
+            _by_matrix(move, parts)
+            or any(process in part.takers or _is_staged(part, process) for part in parts)
+            for move, parts in zip(one.planned.moves, one.parts, strict=True)
         )
 
     def _fill(self, one: Wanted, workspace: Workspace) -> Iterator[Feed]:
         for move, parts in zip(one.planned.moves, one.parts, strict=True):
             if _by_matrix(move, parts):
                 yield self._by_way_of_a_matrix(move, parts, workspace)
-            else:
-                for part in parts:
-                    quant = self._quant(_scheme(move, part.slice.dst))
-                    yield self._feed(part, self._bound(part.slice.dst), quant)
+                continue
+            for part in parts:
+                if part.box is not None:
+                    yield from self._coded(part, part.box, workspace)
+                else:
+                    yield self._feed(part, self._quant(_scheme(move, part.slice.dst)))
 
-    def _feed(self, part: Part, dst: torch.Tensor, quant: Scheme | None) -> Feed:
-        source = self._source(part)
+    def _feed(self, part: Part, quant: Scheme | None) -> Feed:
+        source, dst = self._source(part), self._bound(part.slice.dst)
         if isinstance(source, torch.Tensor) and part.is_ready:
             return Feed(dst, source)
         return Feed(dst, source, part.move.shift, quant)
+
+    def _coded(self, part: Part, box: Box, workspace: Workspace) -> Iterator[Feed]:
+        """Codes and scales of whole regions: as they have come, or made here."""
+        dst, scales = self._bound(part.slice.dst), self._bound(scales_of(box))
+        cargo = self._arrived.get(id(part))
+        if cargo is None and not _is_staged(part, self._here.process):
+            yield Feed(dst, self._source(part), part.move.shift, own_scheme(box, scales))
+            return
+        if cargo is None:
+            cargo = carve(workspace.take(part.nbytes), part.cargo)
+            self._gathered.append(self._packed(part, cargo))
+        yield Feed(dst, cargo[0])
+        yield Feed(scales, cargo[1])
 
     def _source(self, part: Part) -> Source | torch.Tensor:
         """What has arrived, or where it is in a parameter."""
         arrived = self._arrived.get(id(part))
         if arrived is not None:
-            return arrived
+            return arrived[0]
         return Source(part.source, part.slice.view(self._here.process))
 
     def _by_way_of_a_matrix(self, move: Move, parts: Sequence[Part], workspace: Workspace) -> Feed:

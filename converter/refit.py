@@ -20,9 +20,10 @@ from fuseport.kernels.move import GivenScale
 from .backend import copier
 from .buckets import buffer_bytes, filled, laid_out, rounds
 from .errors import RecipeError, ShapeError
+from .feeds import Workspace
 from .live import Live
 from .model import ModelSpec
-from .passes import Here, Pass, Workspace, workspace_bytes
+from .passes import Here, Pass, workspace_bytes
 from .plan import storage_key
 from .recipe import Recipe
 from .refit_plan import PADDING, plan_refit

@@ -2,12 +2,14 @@
 
 Every process computes the same plan, so nothing is negotiated. A slice that a process lacks comes
 from one that holds it; copies take turns. Casts happen before a slice travels where they make it
-smaller; what has a scale of its own for a region travels as it is and is quantised where the whole
-region is, so that no amax has to be merged.
+smaller. A weight with a scale for each region is quantised by its holders, and travels as codes and
+scales, if no region is cut; else its elements travel as they are and are quantised where the whole
+weight is. So no region's amax has ever to be merged, and the bits are the whole weight's.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +18,7 @@ import torch
 from fuseport.kernels.move import Move
 from fuseport.kernels.quant import GivenScale
 
+from .codes import Box, box_of, scales_of
 from .plan import Planned, storage_key
 from .shards import Whole
 from .slices import Slice, slices
@@ -28,9 +31,11 @@ class Part:
     Attributes:
         move: the move whose `dst` it fills a part of.
         source: the whole tensor's name.
+        slice: where in the move, and in its holders' memory.
         holder: the process that sends it.
         takers: the processes that need it and lack it.
         dtype: what travels.
+        box: whole regions of a quantised matrix, which travel as codes with their scales.
     """
 
     move: Move
@@ -39,11 +44,18 @@ class Part:
     holder: int
     takers: tuple[int, ...]
     dtype: torch.dtype
+    box: Box | None = None
+
+    @property
+    def cargo(self) -> tuple[torch.Tensor, ...]:
+        """What travels, as meta tensors: elements, or codes and scales."""
+        elements = torch.empty(self.slice.dst.shape, dtype=self.dtype, device="meta")
+        return (elements,) if self.box is None else (elements, scales_of(self.box))
 
     @property
     def nbytes(self) -> int:
         """Bytes that travel to each taker."""
-        return self.slice.dst.numel() * self.dtype.itemsize
+        return sum(one.nbytes for one in self.cargo)
 
     @property
     def is_ready(self) -> bool:
@@ -91,7 +103,22 @@ def _wanted(planned: Planned, wanters: tuple[int, ...], sources: Sources, turn: 
             takers = tuple(process for process in wanters if process not in holders)
             yield Part(move, name, one, holders[turn % len(holders)], takers, _travels_as(move))
 
-    return Wanted(planned, wanters, tuple(tuple(parts(move)) for move in planned.moves))
+    found = tuple(tuple(parts(move)) for move in planned.moves)
+    return Wanted(planned, wanters, _coded(found))
+
+
+def _coded(found: tuple[tuple[Part, ...], ...]) -> tuple[tuple[Part, ...], ...]:
+    """The parts as codes, if something travels and all of them are whole regions."""
+    parts = [part for one in found for part in one]
+    boxes = {id(part): box_of(part.move, part.slice.dst) for part in parts}
+    if None in boxes.values() or not any(part.takers for part in parts):
+        return found
+
+    def coded(part: Part) -> Part:
+        dtype = part.move.dst.dtype
+        return dataclasses.replace(part, dtype=dtype, box=boxes[id(part)])
+
+    return tuple(tuple(map(coded, one)) for one in found)
 
 
 def _travels_as(move: Move) -> torch.dtype:
@@ -115,27 +142,34 @@ class Message:
         """Bytes that each taker receives."""
         return sum(part.nbytes for part in self.parts)
 
-    def views(self, buffer: torch.Tensor) -> list[torch.Tensor]:
-        """Each part's place in the message's buffer, uint8 [nbytes]."""
-        ends, result = 0, []
-        for part in self.parts:
-            begin, ends = ends, ends + part.nbytes
-            result.append(buffer[begin:ends].view(part.dtype).view(part.slice.dst.shape))
-        return result
+    def views(self, buffer: torch.Tensor) -> list[list[torch.Tensor]]:
+        """Each part's cargo in the message's buffer, uint8 [nbytes]."""
+        cargoes = [part.cargo for part in self.parts]
+        placed = iter(carve(buffer, [one for cargo in cargoes for one in cargo]))
+        return [[next(placed) for _ in cargo] for cargo in cargoes]
+
+
+def carve(buffer: torch.Tensor, tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Places for tensors in a buffer, uint8 [their bytes], without gaps.
+
+    Those of wide elements go first, so that all are aligned.
+    """
+    places, end = list(tensors), 0
+    for index in sorted(range(len(tensors)), key=lambda one: -tensors[one].dtype.itemsize):
+        one, begin = tensors[index], end
+        end += one.nbytes
+        places[index] = buffer[begin:end].view(one.dtype).view(one.shape)
+    return places
 
 
 def messages(tensors: Sequence[Wanted]) -> list[Message]:
-    """All messages of a pass, in the order in which every process lists its own.
-
-    Parts of wide elements go first, so that all are aligned without padding.
-    """
+    """All messages of a pass, in the order in which every process lists its own."""
     found: dict[tuple[int, tuple[int, ...]], list[Part]] = {}
     for part in (part for one in tensors for parts in one.parts for part in parts):
         if part.takers:
             found.setdefault((part.holder, part.takers), []).append(part)
     return [
-        Message(holder, takers, tuple(sorted(parts, key=lambda part: -part.dtype.itemsize)))
-        for (holder, takers), parts in sorted(found.items())
+        Message(holder, takers, tuple(parts)) for (holder, takers), parts in sorted(found.items())
     ]
 
 

@@ -10,7 +10,7 @@ sent, and by how many elements of its results a process does not hold. Prints a 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -46,8 +46,12 @@ class Scenario:
     pp: int = 1
     ep: int = 1
     expert_tp: int | None = None
-    places: dict[str, Any] = field(default_factory=dict)
     stays: bool = False
+    # Quantised tensors of which no region is cut, and travel as codes: elements that share a scale
+    # (0: a row), and its bytes.
+    codes: str = "^$"
+    region: int = 1
+    scale: int = 4
 
     def place(self, process: int) -> Place:
         """Megatron-Core's order: tensor parallel ranks next to each other, stages last."""
@@ -65,6 +69,7 @@ DENSE = small(
     layers=2, hidden=160, heads=4, kv_channels=40, query_groups=2, ffn=160, vocab=100, qkv_bias=True
 )
 MOE = small(layers=2, hidden=32, heads=4, kv_channels=8, ffn=64, vocab=24, gated=True, experts=4)
+BLOCKS = small(layers=2, hidden=256, heads=8, kv_channels=64, query_groups=4, ffn=512, vocab=20)
 ALIGNED = small(layers=2, hidden=64, heads=8, kv_channels=8, ffn=256, vocab=64)
 PARALLEL: dict[str, Any] = {"use_parallel_embedding": True}
 NO_HEAD = ("lm_head",)
@@ -77,15 +82,21 @@ SCENARIOS = (
     Scenario("few KV heads, odd vocabulary", small(
         layers=1, hidden=16, heads=4, kv_channels=4, query_groups=2, ffn=16, vocab=21,
         padded_vocab=24), Recipe(tp_size=4, **PARALLEL)),
-    Scenario("scales for rows", DENSE, Recipe(tp_size=2, quant="fp8-row")),
+    Scenario("scales for rows", DENSE, Recipe(tp_size=2, quant="fp8-row"),
+             codes="fc|gate|qkv", region=0),
     Scenario("whole tensors", DENSE, Recipe(target="hf")),
-    *(
-        Scenario(f"whole tensors, {quant}", DENSE, Recipe(target="hf", quant=quant))
-        for quant in ("fp8", "fp8-row", "fp8-block", "mxfp8")
-    ),
+    Scenario("whole tensors, fp8", DENSE, Recipe(target="hf", quant="fp8")),
+    Scenario("whole tensors, fp8-row", DENSE, Recipe(target="hf", quant="fp8-row"),
+             codes="q_proj|k_proj|v_proj|gate|up", region=0),
+    Scenario("whole tensors, cut blocks", DENSE, Recipe(target="hf", quant="fp8-block")),
+    Scenario("whole tensors, mxfp8", DENSE, Recipe(target="hf", quant="mxfp8"),
+             codes="q_proj|k_proj|v_proj|gate|up", region=32, scale=1),
+    Scenario("whole tensors, whole blocks", BLOCKS, Recipe(target="hf", quant="fp8-block"),
+             codes="q_proj|o_proj|gate|up|down", region=128 * 128),
     Scenario("ep 2 to 4", MOE, Recipe(tp_size=4, moe_ep_size=4), ep=2, expert_tp=2),
     Scenario("ep 2 to 4, two copies", MOE, Recipe(tp_size=4, moe_ep_size=4), 2, 1, 2, 1),
-    Scenario("ep 4 to 1", MOE, Recipe(target="hf", quant="fp8-block"), 1, 1, 4, 1),
+    Scenario("ep 4 to 1", MOE, Recipe(target="hf", quant="fp8-block"), 1, 1, 4, 1,
+             codes="experts", region=64 * 32),
     Scenario("pp 2 and tp 2", DENSE, Recipe(target="hf", quant="fp8-block"), 2, 2),
 )  # fmt: skip
 
@@ -133,8 +144,14 @@ def lacking(scenario: Scenario, spec: ModelSpec, place: Place, rank: int, result
     )  # fmt: skip
     total = 0
     for name, tensor in convert_state_dict(marked, spec, plain)[rank].items():
-        quantised = result[name].dtype is torch.float8_e4m3fn
-        total += int((tensor == 1).sum()) * (4 if quantised else result[name].element_size())
+        count, quantised = int((tensor == 1).sum()), result[name].dtype is torch.float8_e4m3fn
+        if quantised and re.search(scenario.codes, name):
+            region = scenario.region or tensor.shape[-1]
+            assert count % region == 0
+            total += count + count // region * scenario.scale
+        else:
+            # Sources are fp32; a cast is made before the way, a scale after it.
+            total += count * (4 if quantised else result[name].element_size())
     return total
 
 
