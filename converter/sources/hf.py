@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CorruptSourceError, SourceError, UnsupportedOptionError
 from ..hf_family import Family, Table, family_of
 from .hf_config import extra_layers, facts_of
+from .hf_quant import MODELOPT, other_scales, packing_of, paired
 from .safetensors_file import names_of, read_header, read_object, regular_file
 from .stored import Stored
 
@@ -48,19 +49,17 @@ def read_hf(path: Path, own: Table | None = None) -> HfCheckpoint:
 
     Raises:
         UnsafeSourceError, CorruptSourceError, SourceError: it cannot be read safely, or is damaged.
-        UnsupportedOptionError: it is quantised.
+        UnsupportedOptionError: it is quantised in a way that is not read.
         RecipeError: no table for its family.
     """
     config = read_object(regular_file(path, CONFIG))
-    if config.get("quantization_config"):
-        raise UnsupportedOptionError(
-            f"{path / CONFIG} has a quantization_config: quantised checkpoints are not converted "
-            f"yet; give one in bf16, fp16 or fp32"
-        )
     family = family_of(str(config.get("model_type")), own)
     tensors = _indexed(path) if (path / INDEX).exists() else read_header(regular_file(path, WHOLE))
-    _refuse_scales(path, tensors)
-    ignored = _ignored(tensors, family, config)
+    packing = packing_of(path, config)
+    if packing is not None:
+        tensors = paired(tensors, packing)
+    ignored = _ignored(tensors, family, config) | (other_scales(tensors) if packing else {})
+    _refuse_scales(path, tensors.keys() - ignored.keys())
     kept = {name: one for name, one in tensors.items() if name not in ignored}
     generation = path / GENERATION
     return HfCheckpoint(
@@ -92,12 +91,13 @@ def _indexed(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _refuse_scales(path: Path, tensors: Mapping[str, Stored]) -> None:
-    for name in tensors:
+def _refuse_scales(path: Path, names: Collection[str]) -> None:
+    for name in sorted(names):
         if _SCALES.search(name):
             raise UnsupportedOptionError(
-                f"{path}: tensor {name!r} belongs to a quantised weight, which is not converted "
-                f"yet; give a checkpoint in bf16, fp16 or fp32"
+                f"{path}: tensor {name!r} belongs to a quantised weight, which neither "
+                f"{CONFIG} nor {MODELOPT} explains, or which is not read in this format; give a "
+                f"checkpoint in bf16, fp16 or fp32"
             )
 
 

@@ -48,7 +48,7 @@ class HfRules:
 
     def tensors(self) -> Iterator[TargetTensor]:
         """Every tensor: the embedding, the layers, the output."""
-        model, names = self.model, _Names(self.family, self.recipe.torch_dtype, 0)
+        model, names = self.model, _Names(self.family, self.recipe, 0)
         if model.positions is not None:
             raise UnsupportedOptionError(
                 f"the model has learned positions, for which the family "
@@ -57,7 +57,7 @@ class HfRules:
         if model.embedding is not None:
             yield names.tensor("embedding", self._vocabulary(model.embedding))
         for index, layer in enumerate(model.layers):
-            yield from _layer(_Names(self.family, self.recipe.torch_dtype, index), layer)
+            yield from _layer(_Names(self.family, self.recipe, index), layer)
         if model.final_norm is not None:
             yield from names.norm("final_norm", model.final_norm)
         if model.output is not None:
@@ -76,8 +76,9 @@ class HfRules:
 class _Names:
     """Target tensors of one layer by the names of its parts."""
 
-    def __init__(self, family: Family, dtype: torch.dtype, layer: int) -> None:
-        self.family, self.dtype, self.layer = family, dtype, layer
+    def __init__(self, family: Family, recipe: Recipe, layer: int) -> None:
+        self.family, self.layer = family, layer
+        self.dtype, self.quant = recipe.torch_dtype, recipe.quant
 
     def tensor(
         self,
@@ -205,6 +206,11 @@ def moe(names: _Names, weights: Moe) -> Iterator[TargetTensor]:
 
 def together(names: _Names, experts: tuple[Mlp, ...]) -> Iterator[TargetTensor]:
     """GPT-OSS: [E, H, 2F] with gate and up in turn, [E, F, H], and their biases."""
+    if names.quant != "none":
+        raise UnsupportedOptionError(
+            f"{names.family.names('experts.gate_up', layer=names.layer)[0]}: no loader reads "
+            f"experts that lie in one tensor quantised as {names.quant!r}; leave out --quant"
+        )
     first = [tuple(half.weight.mT for half in one.halves) for one in experts]
     yield names.tensor("experts.gate_up", Stack(tuple(map(Alternate, first))))
     biases = [tuple(half.bias for half in one.halves if half.bias is not None) for one in experts]

@@ -22,6 +22,8 @@ OWN_WAY = (
 )  # fmt: skip
 
 
+# What a quantised source says of itself.
+QUANTISED = ("quantization_config", "compression_config")
 OTHER_FAMILY = (
     "choose another family with --fact model_type=NAME, or give a table with --family FILE"
 )
@@ -52,7 +54,7 @@ def hf_config(
         config = _from_facts(spec, family)
         _check_says(spec, config, family, {*OWN_WAY, *_idle(spec)}, OTHER_FAMILY)
     else:
-        config = dict(own)
+        config = {key: value for key, value in own.items() if key not in QUANTISED}
         _check_says(spec, config, family, {"vocab_size"}, OWN_CONFIG)
     config["vocab_size"] = vocab_size
     # From 5 on transformers calls it dtype; engines know the old name.

@@ -134,3 +134,14 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
         info
     )
     return model.eval()
+
+
+def wide(case: HfCase) -> HfCase:
+    """A case whose linears have rows that MXFP8's 32 divides."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    wider = {
+        "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "kv_lora_rank": 32,
+        "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    }  # fmt: skip
+    sizes |= {name: size for name, size in wider.items() if case.options.get(name) is not None}
+    return HfCase(case.name, case.model_type, {**case.options, **sizes}, case.unified)
