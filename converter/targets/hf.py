@@ -193,6 +193,11 @@ def moe(names: _Names, weights: Moe) -> Iterator[TargetTensor]:
     if weights.router_bias is not None:
         # It is added to scores that differ little: DeepSeek's own checkpoints keep fp32.
         yield names.tensor("router_bias", weights.router_bias, dtype=torch.float32)
+    elif "router_bias" in names.family.tensors:
+        raise UnsupportedOptionError(
+            f"layer {names.layer}: the router has no expert bias, which every model of the family "
+            f"{names.family.model_type} has; choose another family with --fact model_type=NAME"
+        )
     if names.module("expert.up"):
         for number, expert in enumerate(weights.experts):
             yield from mlp(names, "expert.", expert, number)

@@ -166,9 +166,6 @@ HEADERS: dict[str, tuple[bytes, type[FuseportError], str]] = {
     "a list": (spoilt(Q, dtype=["F32"]), SourceError, "not known"),
     "fp8": (spoilt(Q, dtype="F8_E5M2"), UnsupportedOptionError, f"'{Q}' is F8_E5M2"),
     "packed": (spoilt(Q, dtype="F4"), UnsupportedOptionError, f"'{Q}' is F4"),
-    "codes alone": (
-        spoilt(Q, dtype="F8_E4M3", shape=[16, 16]), UnsupportedOptionError, f"{Q} has dtype",
-    ),
     "bytes": (spoilt(Q, dtype="U8", shape=[256]), ModelError, Q),
 }  # fmt: skip
 

@@ -71,6 +71,8 @@ CASES = (
         unified=True,
     ),
     HfCase("gemma", "gemma"),
+    # The exact function, as the test runtime has it.
+    HfCase("gemma_exact", "gemma", {"hidden_act": "gelu"}, unified=True),
     HfCase("gemma2", "gemma2", {"sliding_window": 3}),
     HfCase("gemma3", "gemma3_text", {"sliding_window": 3}),
     HfCase("nemotron", "nemotron", {"head_dim": 8}, unified=True),

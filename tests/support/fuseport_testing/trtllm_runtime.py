@@ -106,6 +106,8 @@ class Stage:
         """Token ids [B, S] → hidden states [B, S, H]."""
         words = self._table("transformer.vocab_embedding.weight", self.config["vocab_size"])
         hidden = words[tokens]
+        if self.config["architecture"] == "GemmaForCausalLM":
+            hidden = hidden * math.sqrt(self.config["hidden_size"])
         if self.config["position_embedding_type"] == "learned_absolute":
             length: int = self.config["max_position_embeddings"]
             positions = self._table("transformer.position_embedding.weight", length)
