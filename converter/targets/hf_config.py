@@ -75,7 +75,6 @@ def _from_facts(spec: ModelSpec, family: Family) -> dict[str, object]:
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **{key: value for key, value in family.defaults.items() if value is not None},
-        **family.written,
         "hidden_act": ACTIVATIONS.get(spec.activation_func, spec.activation_func),
     }
     for fact, keys in family.config.items():
@@ -84,7 +83,7 @@ def _from_facts(spec: ModelSpec, family: Family) -> dict[str, object]:
             config[keys[0]] = value or None
         elif value is not None:
             config[keys[0]] = ACTIVATIONS.get(value, value) if fact == "activation_func" else value
-    return config | _rope(spec) | _experts(spec, family)
+    return config | _rope(spec) | _experts(spec, family) | dict(family.written)
 
 
 def _rope(spec: ModelSpec) -> dict[str, object]:

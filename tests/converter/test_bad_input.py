@@ -139,6 +139,7 @@ SENSE: dict[str, list[object]] = {
     "rotary_percent": [1.5, 10**30],
     "rope_scaling_factor": [1.5, 10**30],
     "seq_len_interpolation_factor": [1.5, 10**30],
+    "moe_router_topk_scaling_factor": [1.5, 10**30],
     "blocks": [""],
     "moe_layers": [""],
     "heterogeneous_layers_config_encoded_json": [""],

@@ -87,6 +87,8 @@ REFUSED = {
     "gemma3": "sliding_window",
     "deepseek": "multi_latent_attention",
     "gpt_oss": "softmax_type",
+    "granite": "embedding_multiplier",
+    "stablelm": "a family that the format does not know",
 }
 
 

@@ -28,7 +28,8 @@ from fuseport.converter.targets.hf_config import hf_config
 
 Runs = Callable[..., Run]
 LAID_OUT = (
-    "llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "nemotron", "gemma_plain", "deepseek", "deepseek_whole_q",
+    "llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "nemotron", "gemma_plain", "deepseek",
+    "deepseek_whole_q",
 )  # fmt: skip
 LAYOUTS = [(name, layout) for name in LAID_OUT for layout in BY_NAME[name].layouts]
 

@@ -17,8 +17,8 @@ class Case:
     """A small model: its architecture as TensorRT-LLM names it, and its sizes and options.
 
     `vocab` is the tokenizer's size, `padded_vocab` the rows that Megatron stores. `moe_layers` has
-    one flag a layer (None: all layers are alike). `activation` is `silu`, `gelu` or
-    `squared_relu`; `gated` doubles the first MLP matrix.
+    one flag a layer (None: all layers are alike). `activation` is `silu`, `gelu`,
+    `fast_gelu` (tanh) or `squared_relu`; `gated` doubles the first MLP matrix.
     """
 
     name: str
@@ -99,7 +99,7 @@ CASES: tuple[Case, ...] = (
         "GemmaForCausalLM",
         query_groups=2,
         kv_channels=16,
-        activation="gelu",
+        activation="fast_gelu",
         zero_centered=True,
         qk_layernorm=True,
         tied=True,
@@ -109,7 +109,7 @@ CASES: tuple[Case, ...] = (
         "GemmaForCausalLM",
         query_groups=2,
         kv_channels=16,
-        activation="gelu",
+        activation="fast_gelu",
         zero_centered=True,
         eps=1e-6,
         tied=True,
@@ -245,9 +245,9 @@ def _architecture_args(case: Case) -> dict[str, object]:
         "max_position_embeddings": case.positions,
         "untie_embeddings_and_output_weights": not case.tied,
     }
-    if case.gated and case.activation == "gelu":
+    if case.gated and "gelu" in case.activation:
         # Megatron-LM has no flag for geglu: the two fields of the model's own config say it.
-        facts |= {"gated_linear_unit": True, "activation_func": "gelu"}
+        facts |= {"gated_linear_unit": True, "activation_func": case.activation}
     return facts
 
 

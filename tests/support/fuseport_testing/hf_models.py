@@ -70,12 +70,17 @@ CASES = (
         {**EXPERTS, "head_dim": 8, "norm_topk_prob": True, "shared_expert_intermediate_size": 40},
         unified=True,
     ),
-    HfCase("gemma", "gemma"),
-    # The exact function, as the test runtime has it.
-    HfCase("gemma_exact", "gemma", {"hidden_act": "gelu"}, unified=True),
+    HfCase("gemma", "gemma", unified=True),
     HfCase("gemma2", "gemma2", {"sliding_window": 3}),
     HfCase("gemma3", "gemma3_text", {"sliding_window": 3}),
     HfCase("nemotron", "nemotron", {"head_dim": 8}, unified=True),
+    HfCase("stablelm", "stablelm", {"head_dim": 8, "use_qkv_bias": True}),
+    HfCase(
+        "granite",
+        "granite",
+        {"head_dim": 8, "attention_bias": True, "embedding_multiplier": 3.0,
+         "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 4.0},
+    ),
     HfCase("deepseek", "deepseek_v3", {**DEEPSEEK, "q_lora_rank": 16}),
     HfCase("deepseek_whole_q", "deepseek_v3", {**DEEPSEEK, "q_lora_rank": None}),
     HfCase(

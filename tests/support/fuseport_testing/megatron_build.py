@@ -14,6 +14,7 @@ import threading
 import warnings
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -42,6 +43,7 @@ with warnings.catch_warnings():
 ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
+    "fast_gelu": partial(torch.nn.functional.gelu, approximate="tanh"),
     "squared_relu": squared_relu,
 }
 
