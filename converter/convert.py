@@ -114,7 +114,11 @@ def plan_checkpoint(
         FuseportError: the source, the facts and the recipe do not go together.
     """
     given = dataclasses.asdict(facts) if isinstance(facts, ModelSpec) else facts
-    opened = source if isinstance(source, Source) else open_source(source, given, recipe.family)
+    opened = (
+        source
+        if isinstance(source, Source)
+        else open_source(source, given, recipe.family, recipe.mtp)
+    )
     if isinstance(facts, ModelSpec):
         spec = facts
     else:

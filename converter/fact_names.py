@@ -51,6 +51,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "mlp_bias": ("mlp_bias",),
     "moe_router_linear_bias": ("moe_router_linear_bias",),
     "special": ("special",),
+    "further_layers": ("further_layers",),
     "moe_router_score_function": ("moe_router_score_function",),
     "moe_router_num_groups": ("moe_router_num_groups",),
     "moe_router_group_topk": ("moe_router_group_topk",),

@@ -48,6 +48,8 @@ class ModelSpec:
     does not hold all. `rope_scaling_factor` is Llama 3.1's, `seq_len_interpolation_factor` a linear
     one; `None` is no scaling. `blocks` describes each layer of a heterogeneous model.
 
+    `further_layers` stand behind the last one and predict further tokens.
+
     Multi-latent attention's sizes are 0 where there is none. `special` names options that not every
     target's config can say; such a target refuses the model by them.
     """
@@ -95,6 +97,7 @@ class ModelSpec:
     qk_head_dim: int = 0
     qk_pos_emb_head_dim: int = 0
     v_head_dim: int = 0
+    further_layers: int = 0
     special: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -154,7 +157,8 @@ class ModelSpec:
         """True if layer `layer` (counted from 0 over the whole model) has experts."""
         if not self.num_moe_experts:
             return False
-        return self.moe_layers[layer] if self.moe_layers else True
+        # Layers behind the last one are like it.
+        return self.moe_layers[min(layer, self.num_layers - 1)] if self.moe_layers else True
 
     def block(self, layer: int) -> Block:
         """What layer `layer` holds; the same for every layer unless `blocks` says otherwise."""
@@ -254,12 +258,17 @@ KINDS = {
     "qk_head_dim": SIZE_OR_NONE,
     "qk_pos_emb_head_dim": SIZE_OR_NONE,
     "v_head_dim": SIZE_OR_NONE,
+    "further_layers": SIZE_OR_NONE,
     "special": tuple_of(str, "a list of options' names"),
 }
 
 # The names of facts that a user may give. How many experts a shard holds follows from its place.
 GIVEN = (
-    *(name for name in KINDS if name not in ("num_local_experts", "special", "yarn")),
+    *(
+        name
+        for name in KINDS
+        if name not in ("num_local_experts", "special", "yarn", "further_layers")
+    ),
     *PATTERNS,
     "multi_latent_attention",
     *REFUSED,

@@ -40,12 +40,13 @@ def is_hf(path: Path) -> bool:
     return (path / CONFIG).is_file() and any((path / name).exists() for name in (WHOLE, INDEX))
 
 
-def read_hf(path: Path, own: Table | None = None) -> HfCheckpoint:
+def read_hf(path: Path, own: Table | None = None, mtp: str = "drop") -> HfCheckpoint:
     """Open a checkpoint; reads headers, no weights.
 
     Args:
         path: its directory.
         own: the contents of a table for its family; None takes the package's.
+        mtp: "keep" or "drop" layers that predict further tokens.
 
     Raises:
         UnsafeSourceError, CorruptSourceError, SourceError: it cannot be read safely, or is damaged.
@@ -58,14 +59,17 @@ def read_hf(path: Path, own: Table | None = None) -> HfCheckpoint:
     packing = packing_of(path, config)
     if packing is not None:
         tensors = paired(tensors, packing)
-    ignored = _ignored(tensors, family, config) | (other_scales(tensors) if packing else {})
+    further = extra_layers(config, family)
+    kept_layers = len(further) if mtp == "keep" and _holds(tensors, family, further) else 0
+    dropped = further[kept_layers:]
+    ignored = _ignored(tensors, family, dropped) | (other_scales(tensors) if packing else {})
     _refuse_scales(path, tensors.keys() - ignored.keys())
     kept = {name: one for name, one in tensors.items() if name not in ignored}
     generation = path / GENERATION
     return HfCheckpoint(
         tensors=kept,
         ignored=ignored,
-        facts=facts_of(config, family),
+        facts=facts_of(config, family) | {"further_layers": kept_layers},
         family=family,
         config=config,
         generation=read_object(generation) if generation.is_file() else None,
@@ -101,12 +105,20 @@ def _refuse_scales(path: Path, names: Collection[str]) -> None:
             )
 
 
-def _ignored(
-    tensors: Mapping[str, Stored], family: Family, config: Mapping[str, object]
-) -> dict[str, str]:
+def _prefix(family: Family, layer: int) -> str:
+    return f"{family.module('input_norm', layer)[0].rpartition('.')[0]}."
+
+
+def _holds(tensors: Mapping[str, Stored], family: Family, layers: range) -> bool:
+    """Whether the layers are there: transformers may write their number without them."""
+    prefixes = tuple(_prefix(family, layer) for layer in layers)
+    return any(name.startswith(prefixes) for name in tensors)
+
+
+def _ignored(tensors: Mapping[str, Stored], family: Family, dropped: range) -> dict[str, str]:
     reasons = {name: "computed from the configuration" for name in tensors if _BUFFER.search(name)}
-    for layer in extra_layers(config, family):
-        prefix = f"{family.module('input_norm', layer)[0].rpartition('.')[0]}."
+    for layer in dropped:
+        prefix = _prefix(family, layer)
         reason = f"layer {layer} predicts further tokens ({family.drops_extra_layers})"
         reasons |= {name: reason for name in tensors if name.startswith(prefix)}
     return reasons

@@ -15,6 +15,7 @@ from ..hf_family import Family
 from ..layout import Alternate, Layout, Stack, flat_columns, flat_rows
 from ..logical import (
     Attention,
+    Further,
     Half,
     LatentAttention,
     Layer,
@@ -58,10 +59,28 @@ class HfRules:
             yield names.tensor("embedding", self._vocabulary(model.embedding))
         for index, layer in enumerate(model.layers):
             yield from _layer(_Names(self.family, self.recipe, index), layer)
+        for number, further in enumerate(model.further, len(model.layers)):
+            yield from self._further(_Names(self.family, self.recipe, number), further)
         if model.final_norm is not None:
             yield from names.norm("final_norm", model.final_norm)
         if model.output is not None:
             yield names.tensor("output", self._vocabulary(model.output))
+
+    def _further(self, names: _Names, further: Further) -> Iterator[TargetTensor]:
+        yield from _layer(names, further.layer)
+        yield from names.norm("further.token_norm", further.token_norm)
+        yield from names.norm("further.hidden_norm", further.hidden_norm)
+        yield names.tensor("further.join", further.join)
+        yield from names.norm("further.norm", further.norm)
+        for part in ("embedding", "output"):
+            table = getattr(further, part)
+            if table is not None and self._vocabulary(table).shape != table.shape:
+                raise ShapeError(
+                    f"vocab_size = {self.spec.vocab_size}, but layer {names.layer} has an {part} "
+                    f"of its own with {table.shape[0]} rows; leave out --vocab-size or --mtp keep"
+                )
+            if table is not None:
+                yield names.tensor(f"further.{part}", table)
 
     def _vocabulary(self, table: torch.Tensor) -> torch.Tensor:
         size = self.spec.vocab_size or table.shape[0]

@@ -22,7 +22,7 @@ ZERO_IS_NONE = ("q_lora_rank",)
 # What a family stores in its own way, what a target's vocabulary says, and what has no key.
 OWN_WAY = (
     "layernorm_zero_centered_gamma", "vocab_size", "model_type", "num_local_experts", "moe_layers",
-    "max_position_embeddings",
+    "max_position_embeddings", "further_layers",
 )  # fmt: skip
 
 
@@ -59,14 +59,14 @@ def hf_config(
         _check_says(spec, config, family, {*OWN_WAY, *_idle(spec)}, OTHER_FAMILY)
     else:
         config = {key: value for key, value in own.items() if key not in QUANTISED}
-        _check_says(spec, config, family, {"vocab_size"}, OWN_CONFIG)
+        _check_says(spec, config, family, {"vocab_size", "further_layers"}, OWN_CONFIG)
     config["vocab_size"] = vocab_size
     # From 5 on transformers calls it dtype; engines know the old name.
     config |= {"dtype": recipe.dtype, "torch_dtype": recipe.dtype}
     if quantization := hf_quantization(recipe, unquantised):
         config["quantization_config"] = quantization
     if family.drops_extra_layers:
-        config[family.drops_extra_layers] = 0
+        config[family.drops_extra_layers] = spec.further_layers
     return config
 
 
