@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ def error(out: Path, run: Run) -> float:
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_megatrons_logits(name: str, layout: str, megatron_run: Runs, tmp_path: Path) -> None:
+    if name == "deepseek_whole_q" and sys.version_info >= (3, 12):
+        pytest.skip("Megatron-Core 0.19 builds it with Transformer Engine's linears only")
     run, out = megatron_run(name), tmp_path / "out"
     source = run.checkpoint(layout)
     convert_checkpoint(source, out, Recipe(target="hf", dtype="float32", shard_size=50_000))

@@ -34,7 +34,6 @@ with warnings.catch_warnings():
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
-    from megatron.core.transformer.identity_op import IdentityOp
     from megatron.core.transformer.transformer_config import (
         MLATransformerConfig,
         TransformerConfig,
@@ -244,9 +243,6 @@ def _layer_spec(case: Case, config: Any) -> Any:
     for layer in spec.layer_specs:
         if case.latent:
             layer.submodules.self_attention.submodules.core_attention = LatentCore
-        if case.latent and config.q_lora_rank is None:
-            # 0.19 refuses a norm that has nothing to do.
-            layer.submodules.self_attention.submodules.q_layernorm = IdentityOp
         if case.parallel_attention:
             layer.module = ParallelLayer
         if case.zero_centered:
