@@ -19,7 +19,7 @@ from .convert import convert_checkpoint, plan_checkpoint
 from .demo import write_demo_checkpoint
 from .errors import FuseportError, RecipeError
 from .hf_family import make_family
-from .recipe import SHARD_SIZE, USUAL_EXCLUDES, Recipe
+from .recipe import MTP, PROFILES, SHARD_SIZE, USUAL_EXCLUDES, Recipe
 from .verify import verify_checkpoint
 
 app = typer.Typer(
@@ -48,6 +48,10 @@ Facts = Annotated[
 Quant = Annotated[
     str, typer.Option(help="none, fp8, fp8-row, fp8-block or mxfp8; scales from the weights.")
 ]
+Profile = Annotated[
+    str, typer.Option(help="Who reads hf: vllm, sglang, trtllm or compressed-tensors.")
+]
+Mtp = Annotated[str, typer.Option(help="drop or keep layers that predict further tokens.")]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(help="Pattern of modules not to quantise, beside lm_head; may be repeated."),
@@ -72,6 +76,8 @@ def convert(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     quant: Quant = "none",
     exclude: Exclude = None,
+    profile: Profile = PROFILES[0],
+    mtp: Mtp = MTP[0],
     vocab_size: Annotated[int | None, typer.Option(help="The tokenizer's, unpadded.")] = None,
     parallel_embedding: Annotated[bool, typer.Option(help="Shard the embeddings.")] = False,
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
@@ -94,6 +100,8 @@ def convert(
         dtype=dtype,
         use_parallel_embedding=parallel_embedding,
         quant=quant,
+        profile=profile,
+        mtp=mtp,
         exclude=(*USUAL_EXCLUDES, *(exclude or ())),
         shard_size=shard_size,
         family=_table(family),

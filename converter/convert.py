@@ -30,6 +30,7 @@ from .recipe import Recipe
 from .sources.source import Source, open_source
 from .sources.stored import Piece, Stored
 from .state import check_complete, zero_row
+from .stored_codes import tally, twins_of, without_unused
 from .targets.table import TARGETS
 from .targets.target import Target, Task, file_images
 
@@ -113,7 +114,11 @@ def plan_checkpoint(
         FuseportError: the source, the facts and the recipe do not go together.
     """
     given = dataclasses.asdict(facts) if isinstance(facts, ModelSpec) else facts
-    opened = source if isinstance(source, Source) else open_source(source, given, recipe.family)
+    opened = (
+        source
+        if isinstance(source, Source)
+        else open_source(source, given, recipe.family, recipe.mtp)
+    )
     if isinstance(facts, ModelSpec):
         spec = facts
     else:
@@ -127,8 +132,9 @@ def plan_checkpoint(
     piece = Piece((0, 0), tuple(zeros.shape), zeros)
     padding = Stored(PADDING, tuple(zeros.shape), zeros.dtype, (piece,))
     task = Task(model, spec, recipe, twin, origin=opened.handed_on)
-    stored = {**opened.stored, storage_key(twin): padding}
-    planned = list(build(list(target.rules(task)), recipe, on_meta))
+    kept, codes = twins_of(opened.stored)
+    planned = list(build(list(target.rules(task)), recipe, on_meta, kept))
+    stored = without_unused({**opened.stored, **codes, storage_key(twin): padding}, planned, kept)
     tensors, images = file_images(target, planned, recipe)
     plan = CheckpointPlan(opened, spec, recipe, tensors, stored, images)
     # What a target's settings cannot say is an error before anything is read.
@@ -140,7 +146,8 @@ def plan_checkpoint(
 class Report:
     """What a conversion did.
 
-    `saturated` and `nonfinite` count elements by target tensor, where there were any.
+    `saturated` and `nonfinite` count elements by target tensor, where there were any. `codes` says
+    how many quantised weights of the source were "kept", and how many "dequantised" first.
     """
 
     out: Path
@@ -148,6 +155,7 @@ class Report:
     tensors: int
     saturated: Mapping[str, int]
     nonfinite: Mapping[str, int]
+    codes: Mapping[str, int]
 
 
 def convert_checkpoint(
@@ -199,7 +207,7 @@ def convert_checkpoint(
         for name, values in plan.settings().items():
             write_json(partial / name, values)
         write_json(partial / MANIFEST, _manifest(plan, writer, counts))
-    return Report(out, plan.nbytes, len(plan.tensors), counts[0], counts[1])
+    return Report(out, plan.nbytes, len(plan.tensors), *counts, tally(plan.stored))
 
 
 def _fill(
@@ -286,6 +294,7 @@ def _manifest(
         "ignored": dict(plan.source.ignored),
         "saturated": counts[0],
         "nonfinite": counts[1],
+        "codes": tally(plan.stored),
         "files": files,
         "tensors": writer.digests,
     }

@@ -13,6 +13,7 @@ import fnmatch
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +25,9 @@ from .errors import RecipeError
 from .layout import Shape, pairs, shape_of
 from .plan import Allocate, Planned, bind, plain, storage_key
 from .recipe import USUAL_EXCLUDES, Recipe
+from .stored_codes import Codes, Kept, same_scheme
 from .targets.parts import TargetTensor
+from .targets.profiles import written
 
 # (a matrix's own scales, its group's amax, its columns, a move's first row) → how the move scales.
 Make = Callable[[torch.Tensor, torch.Tensor, int, int], Scheme]
@@ -63,6 +66,7 @@ def _blocks(rows: int, columns: int) -> Shape:
 _FP32, _E8M0 = torch.float32, torch.uint8
 FORMATS: dict[tuple[str, str], Format] = {
     ("trtllm", "fp8-row"): Format("per_channel_scale", lambda rows, _: (rows,), _FP32, _row),
+    # Names and shapes of these are the profile's.
     ("hf", "fp8"): Format("weight_scale", lambda *_: (), _FP32, _tensor),
     ("hf", "fp8-row"): Format("weight_scale", lambda rows, _: (rows, 1), _FP32, _row),
     ("hf", "fp8-block"): Format("weight_scale_inv", _blocks, _FP32, _block),
@@ -74,7 +78,7 @@ def format_of(recipe: Recipe) -> Format | None:
     """The recipe's format; None if nothing is quantised.
 
     Raises:
-        RecipeError: the target cannot hold the scheme.
+        RecipeError: the target cannot hold the scheme, or its profile does not read it.
     """
     if recipe.quant == "none":
         return None
@@ -85,13 +89,22 @@ def format_of(recipe: Recipe) -> Format | None:
             f"target {recipe.target!r} takes no weights quantised as {recipe.quant!r} that are "
             f"made from weights alone; choose one of: none, {fits}"
         )
-    return found
+    if recipe.target != "hf":
+        return found
+    row = written(recipe)
+    return dataclasses.replace(found, suffix=row.suffix, shape=row.shape)
 
 
-def build(targets: Sequence[TargetTensor], recipe: Recipe, allocate: Allocate) -> Iterator[Planned]:
+def build(
+    targets: Sequence[TargetTensor],
+    recipe: Recipe,
+    allocate: Allocate,
+    kept: Kept = MappingProxyType({}),
+) -> Iterator[Planned]:
     """Every target tensor with its moves; after a quantised weight, its scales.
 
-    A scale that several weights share, on all ranks, is found over all of them.
+    A scale that several weights share, on all ranks, is found over all of them. Weights of the
+    source that are quantised in the same way (`kept`) go over as they are.
 
     Raises:
         RecipeError: the target cannot hold the scheme, a weight's rows do not fit it, or a
@@ -104,6 +117,8 @@ def build(targets: Sequence[TargetTensor], recipe: Recipe, allocate: Allocate) -
         linear = bool(target.group) and target.quant is None
         if chosen is None or not linear or target.group in excluded:
             yield plain(target, allocate)
+        elif (codes := same_scheme(target.layout, recipe.quant, kept)) is not None:
+            yield from _as_it_is(target, chosen, allocate, codes)
         else:
             yield from _quantised(target, chosen, allocate, amaxes)
 
@@ -126,6 +141,18 @@ def _excluded_groups(targets: Sequence[TargetTensor], recipe: Recipe) -> set[str
             )
         found.update(groups[module] for module in matches)
     return found
+
+
+def _as_it_is(
+    target: TargetTensor, chosen: Format, allocate: Allocate, source: Codes
+) -> Iterator[Planned]:
+    """The source's codes, and its scales under the target's name."""
+    codes = allocate(shape_of(target.layout), dtype=source.codes.dtype)
+    scales = allocate(chosen.shape(*codes.shape), dtype=chosen.dtype)
+    moved = Move(scales.view(source.scales.shape), source.scales)
+    module, _, _ = target.name.rpartition(".")
+    yield Planned(target.rank, target.name, codes, (Move(codes, source.codes),), target.group)
+    yield Planned(target.rank, f"{module}.{chosen.suffix}", scales, (moved,), target.group)
 
 
 def _quantised(

@@ -18,6 +18,10 @@ DTYPES = {
 TARGETS = ("trtllm", "hf")
 # Bytes of a Hugging Face file: what the Hub's own tools use.
 SHARD_SIZE = 5_000_000_000
+# Who is to read a Hugging Face result: see targets/profiles.py.
+PROFILES = ("vllm", "sglang", "trtllm", "compressed-tensors")
+# What becomes of layers that predict further tokens.
+MTP = ("drop", "keep")
 QUANTS = ("none", "fp8", "fp8-row", "fp8-block", "mxfp8")
 # What engines keep in the model's own dtype as a rule.
 USUAL_EXCLUDES = ("lm_head",)
@@ -33,7 +37,8 @@ class Recipe:
 
     For target "hf", `shard_size` is the most bytes of tensors in one file, and `family` the
     contents of a table for an architecture that the package has none for
-    (docs/adding-an-architecture.md).
+    (docs/adding-an-architecture.md). `profile` is who reads the result, where engines differ in how
+    they are told of quantised weights. `mtp` says if layers that predict further tokens are kept.
 
     `quant` says how linear weights are quantised, with scales computed from the weights: "fp8" (one
     scale a tensor), "fp8-row", "fp8-block" (128 × 128), "mxfp8" (1 × 32). `exclude` are patterns
@@ -53,6 +58,8 @@ class Recipe:
     gpus_per_node: int = 8
     shard_size: int = SHARD_SIZE
     family: Table | None = None
+    profile: str = PROFILES[0]
+    mtp: str = MTP[0]
     quant: str = "none"
     exclude: tuple[str, ...] = USUAL_EXCLUDES
 
@@ -61,7 +68,10 @@ class Recipe:
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise RecipeError(f"{name} must be a whole number of at least 1, found {value!r}")
-        choices = (("dtype", tuple(DTYPES)), ("target", TARGETS), ("quant", QUANTS))
+        choices = (
+            ("dtype", tuple(DTYPES)), ("target", TARGETS), ("quant", QUANTS), ("profile", PROFILES),
+            ("mtp", MTP),
+        )  # fmt: skip
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise RecipeError(

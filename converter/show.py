@@ -71,6 +71,11 @@ def plan_table(plan: CheckpointPlan) -> Table:
 def report_text(report: Report) -> str:
     """One paragraph about a finished conversion."""
     lines = [f"wrote {escape(str(report.out))}: {report.tensors} tensors, {size(report.nbytes)}"]
+    if report.codes:
+        lines.append(
+            f"of the source's quantised weights {report.codes['kept']} are kept as they are, "
+            f"{report.codes['dequantised']} are dequantised first"
+        )
     for what, counts in (
         ("exceed their format", report.saturated),
         ("are NaN or Inf", report.nonfinite),

@@ -20,7 +20,6 @@ from safetensors import safe_open
 
 from fuseport.kernels.reference import fused_copy_ref
 
-from .blocks import Block
 from .checkpoint import MANIFEST, file_digest, raw_bytes, read_json
 from .convert import BATCH, CheckpointPlan, compute, plan_checkpoint
 from .coverage import uses
@@ -227,12 +226,7 @@ def _check_structure(out: Path, manifest: Mapping[str, Any]) -> None:
 
 def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
     try:
-        facts = dict(manifest["spec"])
-        facts["blocks"] = tuple(Block(**block) for block in facts["blocks"])
-        facts["moe_layers"] = tuple(facts["moe_layers"])
-        _expect(isinstance(facts["special"], list), "special")
-        facts["special"] = tuple(facts["special"])
-        spec, recipe = ModelSpec(**facts), Recipe(**manifest["recipe"])
+        spec, recipe = ModelSpec.from_json(manifest["spec"]), Recipe(**manifest["recipe"])
     except (KeyError, TypeError, ValueError, FuseportError) as error:
         raise VerificationError(
             f"the manifest's spec or recipe makes no sense ({error}); convert again"

@@ -19,9 +19,11 @@ REQUIRED = (
 # Classes whose attention has q_proj, k_proj, v_proj and o_proj of one head size.
 PLAIN_ATTENTION = {
     "llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral", "gemma", "gemma2",
-    "gemma3_text", "nemotron", "gpt_oss",
+    "gemma3_text", "nemotron", "gpt_oss", "stablelm", "granite",
 }  # fmt: skip
-GATED_MLP = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"}
+GATED_MLP = {
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "stablelm", "granite",
+}  # fmt: skip
 # Class → the modules of an expert (gate, up, down), and the key of its width.
 EXPERTS = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2"), "intermediate_size"),

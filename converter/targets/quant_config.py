@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..recipe import Recipe
+from .profiles import written
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 # Recipe.quant → TensorRT-LLM's and ModelOpt's name.
@@ -39,21 +40,36 @@ UNIFIED_EXCLUDES = ("*.router", "transformer.vocab_embedding", "transformer.posi
 
 def hf_quantization(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, Any]:
     """`quantization_config` of config.json; empty if ModelOpt's file says it, or nothing is."""
-    if recipe.quant == "fp8-block":
-        return {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [128, 128],
-            "modules_to_not_convert": list(unquantised),
-        }
-    if recipe.quant == "fp8-row":
-        return _compressed_tensors(unquantised)
-    return {}
+    if recipe.quant == "none":
+        return {}
+    said = SAID.get(written(recipe).said)
+    return {} if said is None else said(recipe, unquantised)
 
 
-def _compressed_tensors(unquantised: Sequence[str]) -> dict[str, Any]:
+def _fp8(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": list(unquantised),
+    }
+
+
+# compressed-tensors' words for how weights, and the activations with them, are scaled.
+STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "fp8": ({"strategy": "tensor"}, {"strategy": "token"}),
+    "fp8-row": ({"strategy": "channel"}, {"strategy": "token"}),
+    "fp8-block": (
+        {"strategy": "block", "block_structure": [128, 128]},
+        {"strategy": "group", "group_size": 128},
+    ),
+}
+
+
+def _compressed_tensors(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, Any]:
     common = {"num_bits": 8, "type": "float", "symmetric": True}
+    weights, activations = STRATEGIES[recipe.quant]
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
@@ -62,16 +78,19 @@ def _compressed_tensors(unquantised: Sequence[str]) -> dict[str, Any]:
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": {**common, "strategy": "channel", "dynamic": False},
-                "input_activations": {**common, "strategy": "token", "dynamic": True},
+                "weights": {**common, **weights, "dynamic": False},
+                "input_activations": {**common, **activations, "dynamic": True},
             }
         },
     }
 
 
+SAID = {"fp8": _fp8, "compressed-tensors": _compressed_tensors}
+
+
 def modelopt_file(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`hf_quant_config.json`, by its name, for the schemes that ModelOpt defines."""
-    if recipe.quant not in ("fp8", "mxfp8"):
+    """`hf_quant_config.json`, by its name, where the profile's engines look into it."""
+    if recipe.quant == "none" or written(recipe).said != "modelopt":
         return {}
     quantization = {
         "quant_algo": ALGORITHMS[recipe.quant],

@@ -155,8 +155,10 @@ class TrtllmRules:
 
 def refuse_special(spec: ModelSpec) -> None:
     """Raise UnsupportedOptionError if the model has an option that `config.json` cannot say."""
-    if spec.special or spec.model_type not in FAMILIES:
-        what = ", ".join(spec.special) or "a family that the format does not know"
+    further = ("layers that predict further tokens",) if spec.further_layers else ()
+    options = (*spec.special, *further)
+    if options or spec.model_type not in FAMILIES:
+        what = ", ".join(options) or "a family that the format does not know"
         raise UnsupportedOptionError(
             f"the model has {what}, which TensorRT-LLM's unified checkpoint is not written with; "
             f"choose --target hf"
