@@ -45,9 +45,7 @@ Facts = Annotated[
     typer.Option("--fact", metavar="NAME=VALUE", help="One model fact; may be repeated."),
 ]
 
-Quant = Annotated[
-    str, typer.Option(help="none, fp8, fp8-row, fp8-block or mxfp8; scales from the weights.")
-]
+Quant = Annotated[str, typer.Option(help="none, fp8, fp8-row, fp8-block, mxfp8 or nvfp4.")]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(help="Pattern of modules not to quantise, beside lm_head; may be repeated."),

@@ -1,91 +1,24 @@
-"""Which weights are quantised, how a target stores the codes and scales, and which share a scale.
-
-`FORMATS` is the table: target and `Recipe.quant` → the scheme and its scales' name and shape.
-Sources: `targets.py`'s consumers as their loaders read them: TensorRT-LLM's unified checkpoint
-(`per_channel_scale`), ModelOpt's FP8 and MXFP8 (`weight_scale`), compressed-tensors
-(`weight_scale` [out, 1]) and the fp8 block format (`weight_scale_inv`, which is a dequant_scale).
-"""
+"""Which weights are quantised, and which share a scale; `formats` says how they are stored."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
 
 from fuseport.kernels.move import Move
-from fuseport.kernels.quant import BlockScale, GivenScale, MxScale, RowScale, Scheme, TensorScale
+from fuseport.kernels.quant import GivenScale, Scheme
 
 from .errors import RecipeError
-from .layout import Shape, pairs, shape_of
-from .plan import Allocate, Planned, bind, plain, storage_key
+from .formats import Format, Place, ScaleTensor, format_of
+from .layout import pairs, shape_of
+from .plan import Allocate, Planned, bind, on_meta, plain, storage_key
 from .recipe import USUAL_EXCLUDES, Recipe
 from .targets.parts import TargetTensor
-
-# (a matrix's own scales, its group's amax, its columns, a move's first row) → how the move scales.
-Make = Callable[[torch.Tensor, torch.Tensor, int, int], Scheme]
-
-
-@dataclass(frozen=True)
-class Format:
-    """How scales are stored: `{module}.{suffix}` of `shape(rows, columns)`, after any experts."""
-
-    suffix: str
-    shape: Callable[[int, int], Shape]
-    dtype: torch.dtype
-    make: Make
-
-
-def _tensor(scale: torch.Tensor, amax: torch.Tensor, columns: int, first_row: int) -> Scheme:
-    return TensorScale(scale.view(1), amax)
-
-
-def _row(scale: torch.Tensor, amax: torch.Tensor, columns: int, first_row: int) -> Scheme:
-    return RowScale(scale.view(-1), columns, first_row)
-
-
-def _block(scale: torch.Tensor, amax: torch.Tensor, columns: int, first_row: int) -> Scheme:
-    return BlockScale(scale, columns, first_row)
-
-
-def _mx(scale: torch.Tensor, amax: torch.Tensor, columns: int, first_row: int) -> Scheme:
-    return MxScale(scale, columns, first_row)
-
-
-def _blocks(rows: int, columns: int) -> Shape:
-    return -(-rows // 128), -(-columns // 128)
-
-
-_FP32, _E8M0 = torch.float32, torch.uint8
-FORMATS: dict[tuple[str, str], Format] = {
-    ("trtllm", "fp8-row"): Format("per_channel_scale", lambda rows, _: (rows,), _FP32, _row),
-    ("hf", "fp8"): Format("weight_scale", lambda *_: (), _FP32, _tensor),
-    ("hf", "fp8-row"): Format("weight_scale", lambda rows, _: (rows, 1), _FP32, _row),
-    ("hf", "fp8-block"): Format("weight_scale_inv", _blocks, _FP32, _block),
-    ("hf", "mxfp8"): Format("weight_scale", lambda rows, cols: (rows, cols // 32), _E8M0, _mx),
-}
-
-
-def format_of(recipe: Recipe) -> Format | None:
-    """The recipe's format; None if nothing is quantised.
-
-    Raises:
-        RecipeError: the target cannot hold the scheme.
-    """
-    if recipe.quant == "none":
-        return None
-    found = FORMATS.get((recipe.target, recipe.quant))
-    if found is None:
-        fits = ", ".join(quant for target, quant in FORMATS if target == recipe.target)
-        raise RecipeError(
-            f"target {recipe.target!r} takes no weights quantised as {recipe.quant!r} that are "
-            f"made from weights alone; choose one of: none, {fits}"
-        )
-    return found
 
 
 def build(targets: Sequence[TargetTensor], recipe: Recipe, allocate: Allocate) -> Iterator[Planned]:
@@ -135,27 +68,52 @@ def _quantised(
     amaxes: dict[tuple[str, int], torch.Tensor],
 ) -> Iterator[Planned]:
     *experts, rows, columns = shape_of(target.layout)
-    codes = allocate((*experts, rows, columns), dtype=torch.float8_e4m3fn)
-    shape = chosen.shape(rows, columns)
-    scales = allocate((*experts, *shape), dtype=chosen.dtype)
-    per_expert = scales.view(math.prod(experts), *shape)
+    codes = allocate((*experts, rows, columns // chosen.elements_per_code), dtype=chosen.codes)
+    scales = _scales(chosen.scale, experts, rows, columns, allocate)
+    second = chosen.second
+    seconds = _scales(second, experts, rows, columns, allocate) if second else scales
+    count = math.prod(experts)
 
-    def scheme(view: torch.Tensor) -> Scheme:
-        row = (view.storage_offset() - codes.storage_offset()) // columns
+    def scheme(row: int) -> Scheme:
         expert, first_row = divmod(row, rows)
         key = target.group, target.first_expert + expert
         if key not in amaxes:
             amaxes[key] = allocate((1,), dtype=torch.float32)
-        try:
-            return chosen.make(per_expert[expert], amaxes[key], columns, int(first_row))
-        except ValueError as error:
-            raise RecipeError(f"{target.name}: {error}; exclude it with --exclude") from error
+        own = [each.view(count, *each.shape[len(experts) :])[expert] for each in (scales, seconds)]
+        return chosen.make(Place(own[0], own[1], amaxes[key], columns, first_row))
 
-    found = [(d, s) for d, s in pairs(codes, target.layout) if d.numel()]
-    moves = tuple(Move(d, s, target.shift, scheme(d)) for d, s in found)
+    def move(elements: torch.Tensor, source: torch.Tensor) -> Move:
+        quant = scheme(int(elements.storage_offset()) // columns)
+        return Move(_of_codes(elements, codes, chosen), source, target.shift, quant)
+
+    elements = on_meta((*experts, rows, columns), dtype=chosen.codes)
+    try:
+        moves = tuple(move(d, s) for d, s in pairs(elements, target.layout) if d.numel())
+    except ValueError as error:
+        raise RecipeError(f"{target.name}: {error}; exclude it with --exclude") from error
     module, _, _ = target.name.rpartition(".")
     yield Planned(target.rank, target.name, codes, moves, target.group)
-    yield Planned(target.rank, f"{module}.{chosen.suffix}", scales, (), target.group)
+    yield Planned(target.rank, f"{module}.{chosen.scale.suffix}", scales, (), target.group)
+    if second is not None:
+        yield Planned(target.rank, f"{module}.{second.suffix}", seconds, (), target.group)
+
+
+def _scales(
+    kind: ScaleTensor, experts: Sequence[int], rows: int, columns: int, allocate: Allocate
+) -> torch.Tensor:
+    return allocate((*experts, *kind.shape(rows, columns)), dtype=kind.dtype)
+
+
+def _of_codes(view: torch.Tensor, codes: torch.Tensor, chosen: Format) -> torch.Tensor:
+    """A contiguous view of a matrix's elements, as the view of the codes that hold them."""
+    each = chosen.elements_per_code
+    *outer, last = view.shape
+    *strides, _ = view.stride()
+    return codes.as_strided(
+        (*outer, last // each),
+        (*(stride // each for stride in strides), 1),
+        codes.storage_offset() + view.storage_offset() // each,
+    )
 
 
 def on_real(

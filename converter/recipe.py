@@ -18,7 +18,7 @@ DTYPES = {
 TARGETS = ("trtllm", "hf")
 # Bytes of a Hugging Face file: what the Hub's own tools use.
 SHARD_SIZE = 5_000_000_000
-QUANTS = ("none", "fp8", "fp8-row", "fp8-block", "mxfp8")
+QUANTS = ("none", "fp8", "fp8-row", "fp8-block", "mxfp8", "nvfp4")
 # What engines keep in the model's own dtype as a rule.
 USUAL_EXCLUDES = ("lm_head",)
 
@@ -36,9 +36,9 @@ class Recipe:
     (docs/adding-an-architecture.md).
 
     `quant` says how linear weights are quantised, with scales computed from the weights: "fp8" (one
-    scale a tensor), "fp8-row", "fp8-block" (128 × 128), "mxfp8" (1 × 32). `exclude` are patterns
-    (`*`, `?`) of modules, by the target's names with layers numbered in the whole model, whose
-    weights stay as they are; with one of a fused group the whole group does.
+    scale a tensor), "fp8-row", "fp8-block" (128 × 128), "mxfp8" (1 × 32), "nvfp4" (1 × 16).
+    `exclude` are patterns (`*`, `?`) of modules, by the target's names with layers numbered in the
+    whole model, whose weights stay as they are; with one of a fused group the whole group does.
 
     Raises:
         RecipeError: a size is not positive, or the target or dtype is not known.

@@ -19,6 +19,7 @@ ALGORITHMS = {
     "fp8-row": "FP8_PER_CHANNEL_PER_TOKEN",
     "fp8-block": "FP8_BLOCK_SCALES",
     "mxfp8": "MXFP8",
+    "nvfp4": "NVFP4",
 }
 
 
@@ -71,12 +72,14 @@ def _compressed_tensors(unquantised: Sequence[str]) -> dict[str, Any]:
 
 def modelopt_file(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`hf_quant_config.json`, by its name, for the schemes that ModelOpt defines."""
-    if recipe.quant not in ("fp8", "mxfp8"):
+    if recipe.quant not in ("fp8", "mxfp8", "nvfp4"):
         return {}
-    quantization = {
+    quantization: dict[str, Any] = {
         "quant_algo": ALGORITHMS[recipe.quant],
         "kv_cache_quant_algo": None,
         "exclude_modules": list(unquantised),
     }
+    if recipe.quant == "nvfp4":
+        quantization["group_size"] = 16
     # Engines go by the producer's name.
     return {HF_QUANT_CONFIG: {"producer": {"name": "modelopt"}, "quantization": quantization}}

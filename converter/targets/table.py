@@ -8,10 +8,10 @@ from typing import Any
 
 from ..checkpoint import read_json
 from ..errors import RecipeError
+from ..formats import format_of
 from ..hf_family import Family, family_of
 from ..model import ModelSpec
 from ..plan import Planned, batches
-from ..quantise import format_of
 from ..recipe import Recipe, check
 from . import hf_check, trtllm_check
 from .hf import HfRules, check_hf
@@ -122,7 +122,10 @@ def _hf_settings(
 
 
 def _hf_expected(settings: Mapping[str, Any], out: Path, count: int) -> dict[str, Shapes]:
-    return dict(hf_check.expected_by_file(settings, read_json(out / INDEX), _shard_names(count)))
+    modelopt = out / HF_QUANT_CONFIG
+    stated = read_json(modelopt) if modelopt.is_file() else {}
+    names = _shard_names(count)
+    return dict(hf_check.expected_by_file(settings, stated, read_json(out / INDEX), names))
 
 
 TARGETS: dict[str, Target] = {
