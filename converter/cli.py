@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +19,8 @@ from .convert import convert_checkpoint, plan_checkpoint
 from .demo import write_demo_checkpoint
 from .errors import FuseportError, RecipeError
 from .hf_family import make_family
-from .recipe import SHARD_SIZE, USUAL_EXCLUDES, Recipe
+from .recipe import FROM_SOURCE, SHARD_SIZE, USUAL_EXCLUDES, Recipe
+from .scales import read_scales
 from .verify import verify_checkpoint
 
 app = typer.Typer(
@@ -50,6 +51,13 @@ Exclude = Annotated[
     list[str] | None,
     typer.Option(help="Pattern of modules not to quantise, beside lm_head; may be repeated."),
 ]
+Scales = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Given scales: *.json or *.safetensors; or 'source': Transformer Engine's.",
+    ),
+]
 Assets = Annotated[
     Path | None, typer.Option("--hf-assets", help="Copy the tokenizer's files from here.")
 ]
@@ -70,6 +78,7 @@ def convert(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     quant: Quant = "none",
     exclude: Exclude = None,
+    scales: Scales = None,
     vocab_size: Annotated[int | None, typer.Option(help="The tokenizer's, unpadded.")] = None,
     parallel_embedding: Annotated[bool, typer.Option(help="Shard the embeddings.")] = False,
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
@@ -93,6 +102,7 @@ def convert(
         use_parallel_embedding=parallel_embedding,
         quant=quant,
         exclude=(*USUAL_EXCLUDES, *(exclude or ())),
+        scales=_scales(scales),
         shard_size=shard_size,
         family=_table(family),
     )
@@ -163,6 +173,12 @@ def _facts(file: Path | None, pairs: list[str] | None) -> dict[str, Any]:
             raise RecipeError(f"--fact {pair!r}: expected NAME=VALUE")
         facts[name] = value
     return facts
+
+
+def _scales(given: str | None) -> Mapping[str, Mapping[str, float]] | str | None:
+    if given is None or given == FROM_SOURCE:
+        return given
+    return read_scales(Path(given)).entries
 
 
 def _table(file: Path | None) -> dict[str, Any] | None:

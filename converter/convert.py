@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +24,7 @@ from .checkpoint import (
     publish,
     write_json,
 )
+from .given import Given, StoredConstants, scale_table
 from .model import ModelSpec
 from .plan import Planned, batches, bind, intervals, on_meta, storage_key
 from .quantise import build, on_real
@@ -30,7 +32,7 @@ from .recipe import Recipe
 from .sources.source import Source, open_source
 from .sources.stored import Piece, Stored
 from .state import check_complete, zero_row
-from .targets.table import TARGETS
+from .targets.table import TARGETS, te_table
 from .targets.target import Target, Task, file_images
 
 # Bytes of target tensors converted at once.
@@ -52,6 +54,7 @@ class CheckpointPlan:
     tensors: list[Planned]
     stored: Mapping[int, Stored]
     images: Mapping[int, FileImage]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -128,9 +131,12 @@ def plan_checkpoint(
     padding = Stored(PADDING, tuple(zeros.shape), zeros.dtype, (piece,))
     task = Task(model, spec, recipe, twin, origin=opened.handed_on)
     stored = {**opened.stored, storage_key(twin): padding}
-    planned = list(build(list(target.rules(task)), recipe, on_meta))
+    constants = StoredConstants(stored)
+    scales = Given(constants, scale_table(recipe, partial(te_table, task, opened.states)))
+    planned = list(build(list(target.rules(task)), recipe, on_meta, scales))
+    scales.check_used(recipe)
     tensors, images = file_images(target, planned, recipe)
-    plan = CheckpointPlan(opened, spec, recipe, tensors, stored, images)
+    plan = CheckpointPlan(opened, spec, recipe, tensors, stored, images, tuple(scales.notes))
     # What a target's settings cannot say is an error before anything is read.
     plan.settings()
     return plan
@@ -286,6 +292,7 @@ def _manifest(
         "ignored": dict(plan.source.ignored),
         "saturated": counts[0],
         "nonfinite": counts[1],
+        "notes": list(plan.notes),
         "files": files,
         "tensors": writer.digests,
     }

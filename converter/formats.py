@@ -1,16 +1,18 @@
 """How a target stores quantised weights: which tensors, of what shape, filled by which scheme.
 
 `FORMATS` is the table: target and `Recipe.quant` → the scheme and the names of its scales.
-Sources: the consumers' loaders. TensorRT-LLM's unified checkpoint (`per_channel_scale`), ModelOpt's
-FP8 and MXFP8 (`weight_scale`) and NVFP4 (`weight_scale` of the blocks, `weight_scale_2`),
-compressed-tensors (`weight_scale` [out, 1]) and the fp8 block format (`weight_scale_inv`, which is
-a dequant_scale despite its name).
+Sources: the consumers' loaders. TensorRT-LLM's unified checkpoint (`weights_scaling_factor` and
+`activation_scaling_factor`, `per_channel_scale`); ModelOpt's FP8 and MXFP8 (`weight_scale`,
+`input_scale`) and NVFP4 (`weight_scale` of the blocks, `weight_scale_2`); compressed-tensors
+(`weight_scale` [out, 1]); the fp8 block format (`weight_scale_inv`, a dequant_scale despite its
+name).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 
 import torch
 
@@ -44,15 +46,30 @@ class ScaleTensor:
     dtype: torch.dtype = torch.float32
 
 
+class Static(Enum):
+    """Whether a target's loaders want static scales of activations."""
+
+    OPTIONAL = "without them activations are scaled as they come"
+    EXPECTED = "some loaders cannot do without"
+    NEEDED = "none can do without"
+
+
 @dataclass(frozen=True)
 class Format:
-    """One scheme as a target stores it; `codes` of which `per_element` make up a byte's tensor."""
+    """One scheme as a target stores it: `elements_per_code` of a weight in one of its `codes`.
+
+    `input` is the static scale of the activations, one for all experts, where there is a place for
+    it. A weight's own scale may be given, instead of computed, if `takes_weight_scale`.
+    """
 
     scale: ScaleTensor
     make: Callable[[Place], Scheme]
     codes: torch.dtype = torch.float8_e4m3fn
     elements_per_code: int = 1
     second: ScaleTensor | None = None
+    input: ScaleTensor | None = None
+    static: Static = Static.OPTIONAL
+    takes_weight_scale: bool = False
 
 
 def _tensor(at: Place) -> Scheme:
@@ -79,6 +96,10 @@ def _one(rows: int, columns: int) -> Shape:
     return ()
 
 
+def _vector(rows: int, columns: int) -> Shape:
+    return (1,)
+
+
 def _blocks(rows: int, columns: int) -> Shape:
     return -(-rows // 128), -(-columns // 128)
 
@@ -88,8 +109,20 @@ def _pieces(size: int) -> Callable[[int, int], Shape]:
 
 
 FORMATS: dict[tuple[str, str], Format] = {
+    ("trtllm", "fp8"): Format(
+        ScaleTensor("weights_scaling_factor", _vector),
+        _tensor,
+        input=ScaleTensor("activation_scaling_factor", _vector),
+        static=Static.NEEDED,
+        takes_weight_scale=True,
+    ),
     ("trtllm", "fp8-row"): Format(ScaleTensor("per_channel_scale", lambda rows, _: (rows,)), _row),
-    ("hf", "fp8"): Format(ScaleTensor("weight_scale", _one), _tensor),
+    ("hf", "fp8"): Format(
+        ScaleTensor("weight_scale", _one),
+        _tensor,
+        input=ScaleTensor("input_scale", _one),
+        takes_weight_scale=True,
+    ),
     ("hf", "fp8-row"): Format(ScaleTensor("weight_scale", lambda rows, _: (rows, 1)), _row),
     ("hf", "fp8-block"): Format(ScaleTensor("weight_scale_inv", _blocks), _block),
     ("hf", "mxfp8"): Format(ScaleTensor("weight_scale", _pieces(32), torch.uint8), _mx),
@@ -99,8 +132,10 @@ FORMATS: dict[tuple[str, str], Format] = {
         codes=torch.uint8,
         elements_per_code=2,
         second=ScaleTensor("weight_scale_2", _one),
+        input=ScaleTensor("input_scale", _one),
+        static=Static.EXPECTED,
     ),
-}  # fmt: skip
+}
 
 
 def format_of(recipe: Recipe) -> Format | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,14 +14,17 @@ from fuseport.kernels.move import Move
 from fuseport.kernels.quant import GivenScale, Scheme
 
 from .errors import RecipeError
-from .formats import Format, Place, ScaleTensor, format_of
+from .formats import Format, Place, format_of
+from .given import Given, GroupScales, group_scales
 from .layout import pairs, shape_of
 from .plan import Allocate, Planned, bind, on_meta, plain, storage_key
 from .recipe import USUAL_EXCLUDES, Recipe
 from .targets.parts import TargetTensor
 
 
-def build(targets: Sequence[TargetTensor], recipe: Recipe, allocate: Allocate) -> Iterator[Planned]:
+def build(
+    targets: Sequence[TargetTensor], recipe: Recipe, allocate: Allocate, given: Given
+) -> Iterator[Planned]:
     """Every target tensor with its moves; after a quantised weight, its scales.
 
     A scale that several weights share, on all ranks, is found over all of them.
@@ -29,16 +32,21 @@ def build(targets: Sequence[TargetTensor], recipe: Recipe, allocate: Allocate) -
     Raises:
         RecipeError: the target cannot hold the scheme, a weight's rows do not fit it, or a
             pattern of `recipe.exclude` matches nothing.
+        ScaleError: a scale that is needed was not given.
     """
     chosen = format_of(recipe)
-    excluded = _excluded_groups(targets, recipe) if chosen else set()
-    amaxes: dict[tuple[str, int], torch.Tensor] = {}
+    if chosen is None:
+        yield from (plain(target, allocate) for target in targets)
+        return
+    excluded = _excluded_groups(targets, recipe)
+    linears = [one for one in targets if one.group and not one.quant and one.group not in excluded]
+    scales = group_scales(linears, chosen, given)
+    weights = _Weights(chosen, allocate, given, scales)
     for target in targets:
-        linear = bool(target.group) and target.quant is None
-        if chosen is None or not linear or target.group in excluded:
-            yield plain(target, allocate)
+        if target.quant is None and target.group in scales:
+            yield from weights.quantised(target)
         else:
-            yield from _quantised(target, chosen, allocate, amaxes)
+            yield plain(target, allocate)
 
 
 def _excluded_groups(targets: Sequence[TargetTensor], recipe: Recipe) -> set[str]:
@@ -61,47 +69,77 @@ def _excluded_groups(targets: Sequence[TargetTensor], recipe: Recipe) -> set[str
     return found
 
 
-def _quantised(
-    target: TargetTensor,
-    chosen: Format,
-    allocate: Allocate,
-    amaxes: dict[tuple[str, int], torch.Tensor],
-) -> Iterator[Planned]:
-    *experts, rows, columns = shape_of(target.layout)
-    codes = allocate((*experts, rows, columns // chosen.elements_per_code), dtype=chosen.codes)
-    scales = _scales(chosen.scale, experts, rows, columns, allocate)
-    second = chosen.second
-    seconds = _scales(second, experts, rows, columns, allocate) if second else scales
-    count = math.prod(experts)
+@dataclass(frozen=True)
+class _Weights:
+    """Plans quantised weights; `amaxes` are the groups' own, by expert."""
 
-    def scheme(row: int) -> Scheme:
-        expert, first_row = divmod(row, rows)
+    chosen: Format
+    allocate: Allocate
+    given: Given
+    scales: Mapping[str, GroupScales]
+    amaxes: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+
+    def quantised(self, target: TargetTensor) -> Iterator[Planned]:
+        """A weight's codes and scales."""
+        scales = self.scales[target.group]
+        module = target.name.rpartition(".")[0]
+        if scales.weight is None:
+            yield from self._computed(target, module)
+        else:
+            yield from self._with_given(target, module, scales)
+        if scales.input is not None and self.chosen.input is not None:
+            name = f"{module}.{self.chosen.input.suffix}"
+            shape = self.chosen.input.shape(*shape_of(target.layout)[-2:])
+            yield self.given.tensor(target, name, shape, scales.input, self.allocate)
+
+    def _with_given(
+        self, target: TargetTensor, module: str, scales: GroupScales
+    ) -> Iterator[Planned]:
+        yield plain(replace(target, dtype=self.chosen.codes, quant=scales.scheme), self.allocate)
+        *experts, rows, columns = shape_of(target.layout)
+        name = f"{module}.{self.chosen.scale.suffix}"
+        shape = (*experts, *self.chosen.scale.shape(rows, columns))
+        assert scales.weight is not None
+        yield self.given.tensor(target, name, shape, scales.weight, self.allocate)
+
+    def _computed(self, target: TargetTensor, module: str) -> Iterator[Planned]:
+        chosen = self.chosen
+        *experts, rows, columns = shape_of(target.layout)
+        shape = *experts, rows, columns // chosen.elements_per_code
+        codes = self.allocate(shape, dtype=chosen.codes)
+        kinds = [kind for kind in (chosen.scale, chosen.second) if kind is not None]
+        scales = [
+            self.allocate((*experts, *kind.shape(rows, columns)), dtype=kind.dtype)
+            for kind in kinds
+        ]
+
+        def move(elements: torch.Tensor, source: torch.Tensor) -> Move:
+            row = int(elements.storage_offset()) // columns
+            expert, first_row = divmod(row, rows)
+            own = [_of_expert(each, expert, len(experts)) for each in scales]
+            amax = self._amax(target, expert)
+            quant = chosen.make(Place(own[0], own[-1], amax, columns, first_row))
+            return Move(_of_codes(elements, codes, chosen), source, target.shift, quant)
+
+        elements = on_meta((*experts, rows, columns), dtype=chosen.codes)
+        try:
+            moves = tuple(move(d, s) for d, s in pairs(elements, target.layout) if d.numel())
+        except ValueError as error:
+            raise RecipeError(f"{target.name}: {error}; exclude it with --exclude") from error
+        yield Planned(target.rank, target.name, codes, moves, target.group)
+        for kind, each in zip(kinds, scales, strict=True):
+            yield Planned(target.rank, f"{module}.{kind.suffix}", each, (), target.group)
+
+    def _amax(self, target: TargetTensor, expert: int) -> torch.Tensor:
         key = target.group, target.first_expert + expert
-        if key not in amaxes:
-            amaxes[key] = allocate((1,), dtype=torch.float32)
-        own = [each.view(count, *each.shape[len(experts) :])[expert] for each in (scales, seconds)]
-        return chosen.make(Place(own[0], own[1], amaxes[key], columns, first_row))
-
-    def move(elements: torch.Tensor, source: torch.Tensor) -> Move:
-        quant = scheme(int(elements.storage_offset()) // columns)
-        return Move(_of_codes(elements, codes, chosen), source, target.shift, quant)
-
-    elements = on_meta((*experts, rows, columns), dtype=chosen.codes)
-    try:
-        moves = tuple(move(d, s) for d, s in pairs(elements, target.layout) if d.numel())
-    except ValueError as error:
-        raise RecipeError(f"{target.name}: {error}; exclude it with --exclude") from error
-    module, _, _ = target.name.rpartition(".")
-    yield Planned(target.rank, target.name, codes, moves, target.group)
-    yield Planned(target.rank, f"{module}.{chosen.scale.suffix}", scales, (), target.group)
-    if second is not None:
-        yield Planned(target.rank, f"{module}.{second.suffix}", seconds, (), target.group)
+        if key not in self.amaxes:
+            self.amaxes[key] = self.allocate((1,), dtype=torch.float32)
+        return self.amaxes[key]
 
 
-def _scales(
-    kind: ScaleTensor, experts: Sequence[int], rows: int, columns: int, allocate: Allocate
-) -> torch.Tensor:
-    return allocate((*experts, *kind.shape(rows, columns)), dtype=kind.dtype)
+def _of_expert(scales: torch.Tensor, expert: int, axes: int) -> torch.Tensor:
+    """One expert's scales, of a tensor whose first axes (one, or none) count the experts."""
+    return scales[expert] if axes else scales
 
 
 def _of_codes(view: torch.Tensor, codes: torch.Tensor, chosen: Format) -> torch.Tensor:
@@ -123,11 +161,11 @@ def on_real(
     if quant is None or isinstance(quant, GivenScale):
         return quant
     changes: dict[str, Any] = {}
-    for field in dataclasses.fields(quant):
-        value = getattr(quant, field.name)
+    for one in dataclasses.fields(quant):
+        value = getattr(quant, one.name)
         if isinstance(value, torch.Tensor):
             key = storage_key(value)
             if key not in real:
                 real[key] = torch.empty_like(value, device=device)
-            changes[field.name] = bind(value, real[key].view(-1), 0)
-    return dataclasses.replace(quant, **changes)
+            changes[one.name] = bind(value, real[key].view(-1), 0)
+    return replace(quant, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from .errors import RecipeError
 from .hf_family import Table, make_family
 from .model import ModelSpec
+from .scales import table_of
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -19,6 +21,8 @@ TARGETS = ("trtllm", "hf")
 # Bytes of a Hugging Face file: what the Hub's own tools use.
 SHARD_SIZE = 5_000_000_000
 QUANTS = ("none", "fp8", "fp8-row", "fp8-block", "mxfp8", "nvfp4")
+# Recipe.scales: those that the source itself holds.
+FROM_SOURCE = "source"
 # What engines keep in the model's own dtype as a rule.
 USUAL_EXCLUDES = ("lm_head",)
 
@@ -40,8 +44,12 @@ class Recipe:
     `exclude` are patterns (`*`, `?`) of modules, by the target's names with layers numbered in the
     whole model, whose weights stay as they are; with one of a fused group the whole group does.
 
+    `scales` are given scales, as a JSON file of them holds them (docs/scales.md), or "source" for
+    those that Transformer Engine left in a Megatron checkpoint.
+
     Raises:
         RecipeError: a size is not positive, or the target or dtype is not known.
+        ScaleError: `scales` are no such table.
     """
 
     target: str = "trtllm"
@@ -55,6 +63,7 @@ class Recipe:
     family: Table | None = None
     quant: str = "none"
     exclude: tuple[str, ...] = USUAL_EXCLUDES
+    scales: Mapping[str, Mapping[str, float]] | str | None = None
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "pp_size", "moe_ep_size", "gpus_per_node", "shard_size"):
@@ -73,6 +82,8 @@ class Recipe:
                 f"{self.use_parallel_embedding!r}"
             )
         object.__setattr__(self, "exclude", _patterns(self.exclude))
+        if self.scales is not None and self.scales != FROM_SOURCE:
+            table_of(self.scales, "--scales")
         if self.family is not None:
             make_family(self.family, "of the recipe")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -9,7 +10,8 @@ import torch
 from fuseport.kernels.move import GivenScale
 
 from .backend import choose
-from .errors import MissingTensorError
+from .errors import FuseportWarning, MissingTensorError
+from .given import Given, scale_table
 from .logical import Model
 from .megatron_names import unwrapped
 from .model import ModelSpec
@@ -17,7 +19,7 @@ from .plan import Allocate, Planned
 from .quantise import build
 from .recipe import Recipe
 from .sources.megatron import read_model
-from .targets.table import TARGETS
+from .targets.table import TARGETS, te_table
 from .targets.target import Task
 
 
@@ -50,7 +52,7 @@ def convert_state_dict(
     tensors = {unwrapped(name): tensor for name, tensor in weights(state_dict).items()}
     model = read_model(tensors, spec)
     check_complete(model, spec)
-    plan = plan_memory(tensors, model, spec, recipe, scales)
+    plan = plan_memory(tensors, model, spec, recipe, scales, states=state_dict)
     run_plan(plan, backend)
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(recipe.world_size)]
     for planned in plan:
@@ -65,12 +67,22 @@ def plan_memory(
     recipe: Recipe,
     scales: Mapping[str, GivenScale] | None = None,
     allocate: Allocate | None = None,
+    states: Mapping[str, object] | None = None,
 ) -> list[Planned]:
-    """Plan over real tensors; by default the target's are on the same device, not yet filled."""
+    """Plan over real tensors; by default the target's are on the same device, not yet filled.
+
+    `states` are a state dict's `_extra_state` entries, among others, for `recipe.scales`.
+    """
     example = next(iter(tensors.values()))
     task = Task(model, spec, recipe, zero_row(model, spec, example.device), scales)
     targets = list(TARGETS[recipe.target].rules(task))
-    return list(build(targets, recipe, allocate or example.new_empty))
+    table = scale_table(recipe, lambda: te_table(task, lambda: states or {}))
+    given = Given(lambda value: torch.full((1,), value, device=example.device), table)
+    plan = list(build(targets, recipe, allocate or example.new_empty, given))
+    given.check_used(recipe)
+    for note in given.notes:
+        warnings.warn(note, FuseportWarning, stacklevel=3)
+    return plan
 
 
 def run_plan(plan: list[Planned], backend: str) -> None:

@@ -29,6 +29,27 @@ HF: dict[str, Rows] = {
     "compressed-tensors": lambda o, i: {"weight": (o, i), "weight_scale": (o, 1)},
 }
 
+UNIFIED: dict[str, Rows] = {
+    "FP8": lambda o, i: {
+        "weight": (o, i),
+        "weights_scaling_factor": (1,),
+        "activation_scaling_factor": (1,),
+    },
+    "FP8_PER_CHANNEL_PER_TOKEN": lambda o, i: {"weight": (o, i), "per_channel_scale": (o,)},
+}
+
+
+def unified_shapes(shapes: Shapes, config: Mapping[str, Any]) -> Shapes:
+    """Like `hf_shapes`, of a rank of a unified checkpoint.
+
+    Patterns name layers of the whole model, so nothing is expected of a pipeline stage's.
+    """
+    stated = config.get("quantization") or {}
+    algorithm = stated.get("quant_algo")
+    if not algorithm or config["mapping"]["pp_size"] > 1:
+        return shapes
+    return _quantised(shapes, UNIFIED[algorithm], stated.get("exclude_modules") or [])
+
 
 def hf_shapes(shapes: Shapes, config: Mapping[str, Any], modelopt: Mapping[str, Any]) -> Shapes:
     """The shapes as they are where the settings say that linears are quantised.

@@ -23,14 +23,19 @@ ALGORITHMS = {
 }
 
 
-def trtllm_quantization(recipe: Recipe) -> dict[str, object]:
-    """`quantization` of the unified checkpoint's config.json."""
+def trtllm_quantization(recipe: Recipe, unquantised: Sequence[str] = ()) -> dict[str, object]:
+    """`quantization` of the unified checkpoint's config.json.
+
+    `unquantised` are linears that stay as they are, whatever kept them. A pipeline stage numbers
+    its layers from 0, so only patterns say it there.
+    """
     values: dict[str, object] = {
         "quant_algo": ALGORITHMS.get(recipe.quant),
         "kv_cache_quant_algo": None,
     }
     if recipe.quant != "none":
-        values["exclude_modules"] = sorted({*recipe.exclude, *UNIFIED_EXCLUDES})
+        named = unquantised if recipe.pp_size == 1 else ()
+        values["exclude_modules"] = sorted({*recipe.exclude, *UNIFIED_EXCLUDES, *named})
     return values
 
 
