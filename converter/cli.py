@@ -13,6 +13,7 @@ from typing import Annotated, Any
 import typer
 import yaml
 from rich.console import Console
+from rich.markup import escape
 
 from . import show
 from .convert import convert_checkpoint, plan_checkpoint
@@ -58,6 +59,11 @@ Scales = Annotated[
         help="Given scales: *.json or *.safetensors; or 'source': Transformer Engine's.",
     ),
 ]
+KvCache = Annotated[
+    str, typer.Option(help="none or fp8: keys and values in e4m3, with given scales or 1.0.")
+]
+KeepFirst = Annotated[int, typer.Option(help="First layers that are not quantised.")]
+KeepLast = Annotated[int, typer.Option(help="Last layers that are not quantised.")]
 Assets = Annotated[
     Path | None, typer.Option("--hf-assets", help="Copy the tokenizer's files from here.")
 ]
@@ -78,7 +84,10 @@ def convert(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     quant: Quant = "none",
     exclude: Exclude = None,
+    keep_first: KeepFirst = 0,
+    keep_last: KeepLast = 0,
     scales: Scales = None,
+    kv_cache: KvCache = "none",
     vocab_size: Annotated[int | None, typer.Option(help="The tokenizer's, unpadded.")] = None,
     parallel_embedding: Annotated[bool, typer.Option(help="Shard the embeddings.")] = False,
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
@@ -102,12 +111,17 @@ def convert(
         use_parallel_embedding=parallel_embedding,
         quant=quant,
         exclude=(*USUAL_EXCLUDES, *(exclude or ())),
+        keep_first=keep_first,
+        keep_last=keep_last,
         scales=_scales(scales),
+        kv_cache=kv_cache,
         shard_size=shard_size,
         family=_table(family),
     )
     plan = plan_checkpoint(source, recipe, facts)
     console.print(show.plan_table(plan))
+    for note in plan.notes:
+        console.print(f"[yellow]warning[/]: {escape(note)}")
     if dry_run:
         return
     with show.progress(console, "converting", plan.nbytes) as advance:

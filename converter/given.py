@@ -15,7 +15,7 @@ import torch
 from fuseport.kernels.move import Move
 from fuseport.kernels.quant import GivenScale
 
-from .errors import ScaleError
+from .errors import RecipeError, ScaleError
 from .formats import Format, Static
 from .plan import Allocate, Planned, storage_key
 from .recipe import FROM_SOURCE, Recipe
@@ -122,6 +122,37 @@ def group_scales(
             "scale activations as they come"
         )
     return {group: GroupScales(weights.get(group), inputs.get(group)) for group in groups}
+
+
+def cache_scales(targets: Iterable[TargetTensor], given: Given) -> dict[str, float]:
+    """Linear that makes keys or values → their dequant_scale in an FP8 cache; 1.0 if none is given.
+
+    A kind of scale that is not given by itself is that of the whole cache, "kv_cache".
+
+    Raises:
+        ScaleError: some are given and others are not.
+        RecipeError: no linear makes keys and values as such.
+    """
+    wanted = {one.module: one.cache.kinds for one in targets if one.cache is not None}
+    if not wanted:
+        raise RecipeError(
+            "kv_cache = 'fp8', but the model has no keys and values as such (multi-latent "
+            "attention); leave it out"
+        )
+    found = {(m, kind): given.find(m, kind, "kv_cache") for m in wanted for kind in wanted[m]}
+    known = {key: scale for key, scale in found.items() if scale is not None}
+    if not known:
+        given.notes.append(
+            "no scales of the KV cache were given (--scales): 1.0 is written, and keys and values "
+            "beyond 448 saturate"
+        )
+    elif len(known) < len(found):
+        module, kind = next(key for key in found if key not in known)
+        raise ScaleError(
+            f"{len(found) - len(known)} of {len(found)} scales of the KV cache are missing, the "
+            f"first is {kind} of {module}; give it (or kv_cache) with --scales"
+        )
+    return {m: max(known.get((m, kind), 1.0) for kind in wanted[m]) for m in wanted}
 
 
 def _weights(groups: Mapping[str, set[str]], given: Given) -> dict[str, float]:

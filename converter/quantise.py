@@ -15,7 +15,7 @@ from fuseport.kernels.quant import GivenScale, Scheme
 
 from .errors import RecipeError
 from .formats import Format, Place, format_of
-from .given import Given, GroupScales, group_scales
+from .given import Given, GroupScales, cache_scales, group_scales
 from .layout import pairs, shape_of
 from .plan import Allocate, Planned, bind, on_meta, plain, storage_key
 from .recipe import USUAL_EXCLUDES, Recipe
@@ -31,22 +31,48 @@ def build(
 
     Raises:
         RecipeError: the target cannot hold the scheme, a weight's rows do not fit it, or a
-            pattern of `recipe.exclude` matches nothing.
+            pattern of `recipe.exclude` matches nothing; or there is no cache of keys and values.
         ScaleError: a scale that is needed was not given.
     """
-    chosen = format_of(recipe)
-    if chosen is None:
-        yield from (plain(target, allocate) for target in targets)
-        return
-    excluded = _excluded_groups(targets, recipe)
-    linears = [one for one in targets if one.group and not one.quant and one.group not in excluded]
-    scales = group_scales(linears, chosen, given)
-    weights = _Weights(chosen, allocate, given, scales)
+    weights = _weights(targets, recipe, allocate, given)
+    caches = cache_scales(targets, given) if recipe.kv_cache == "fp8" else {}
     for target in targets:
-        if target.quant is None and target.group in scales:
+        if weights is not None and target.quant is None and target.group in weights.scales:
             yield from weights.quantised(target)
         else:
             yield plain(target, allocate)
+        if target.cache is not None and target.module in caches:
+            name, shape = target.cache.name, target.cache.shape
+            yield given.tensor(target, name, shape, caches[target.module], allocate)
+
+
+def _weights(
+    targets: Sequence[TargetTensor], recipe: Recipe, allocate: Allocate, given: Given
+) -> _Weights | None:
+    """What quantises weights; None if nothing does."""
+    chosen = format_of(recipe)
+    if chosen is None:
+        return None
+    excluded = _excluded_groups(targets, recipe) | _kept_groups(targets, recipe)
+    linears = [one for one in targets if one.group and not one.quant and one.group not in excluded]
+    return _Weights(chosen, allocate, given, group_scales(linears, chosen, given))
+
+
+def _kept_groups(targets: Sequence[TargetTensor], recipe: Recipe) -> set[str]:
+    """The groups of the first and last layers that stay as they are.
+
+    Raises:
+        RecipeError: these are all layers.
+    """
+    count = 1 + max(target.layer for target in targets)
+    last = count - recipe.keep_last
+    if recipe.keep_first >= last and count:
+        raise RecipeError(
+            f"keep_first = {recipe.keep_first} and keep_last = {recipe.keep_last} leave none of "
+            f"{count} layers to quantise; choose smaller ones"
+        )
+    kept = (one for one in targets if 0 <= one.layer < recipe.keep_first or one.layer >= last)
+    return {one.group for one in kept} - {""}
 
 
 def _excluded_groups(targets: Sequence[TargetTensor], recipe: Recipe) -> set[str]:

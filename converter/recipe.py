@@ -21,6 +21,7 @@ TARGETS = ("trtllm", "hf")
 # Bytes of a Hugging Face file: what the Hub's own tools use.
 SHARD_SIZE = 5_000_000_000
 QUANTS = ("none", "fp8", "fp8-row", "fp8-block", "mxfp8", "nvfp4")
+CACHES = ("none", "fp8")
 # Recipe.scales: those that the source itself holds.
 FROM_SOURCE = "source"
 # What engines keep in the model's own dtype as a rule.
@@ -44,6 +45,9 @@ class Recipe:
     `exclude` are patterns (`*`, `?`) of modules, by the target's names with layers numbered in the
     whole model, whose weights stay as they are; with one of a fused group the whole group does.
 
+    The first `keep_first` and the last `keep_last` layers stay as they are, too. `kv_cache` "fp8"
+    says that engines keep keys and values in e4m3, with given scales or 1.0.
+
     `scales` are given scales, as a JSON file of them holds them (docs/scales.md), or "source" for
     those that Transformer Engine left in a Megatron checkpoint.
 
@@ -64,13 +68,19 @@ class Recipe:
     quant: str = "none"
     exclude: tuple[str, ...] = USUAL_EXCLUDES
     scales: Mapping[str, Mapping[str, float]] | str | None = None
+    keep_first: int = 0
+    keep_last: int = 0
+    kv_cache: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "pp_size", "moe_ep_size", "gpus_per_node", "shard_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise RecipeError(f"{name} must be a whole number of at least 1, found {value!r}")
-        choices = (("dtype", tuple(DTYPES)), ("target", TARGETS), ("quant", QUANTS))
+        self._check_kept()
+        choices = (
+            ("dtype", tuple(DTYPES)), ("target", TARGETS), ("quant", QUANTS), ("kv_cache", CACHES)
+        )  # fmt: skip
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise RecipeError(
@@ -86,6 +96,14 @@ class Recipe:
             table_of(self.scales, "--scales")
         if self.family is not None:
             make_family(self.family, "of the recipe")
+
+    def _check_kept(self) -> None:
+        for name in ("keep_first", "keep_last"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise RecipeError(f"{name} must be a whole number of layers, found {value!r}")
+            if value and self.quant == "none":
+                raise RecipeError(f"{name} = {value}, but nothing is quantised; give a quant")
 
     @property
     def torch_dtype(self) -> torch.dtype:

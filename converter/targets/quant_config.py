@@ -31,12 +31,16 @@ def trtllm_quantization(recipe: Recipe, unquantised: Sequence[str] = ()) -> dict
     """
     values: dict[str, object] = {
         "quant_algo": ALGORITHMS.get(recipe.quant),
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": _cache_algorithm(recipe),
     }
     if recipe.quant != "none":
         named = unquantised if recipe.pp_size == 1 else ()
         values["exclude_modules"] = sorted({*recipe.exclude, *UNIFIED_EXCLUDES, *named})
     return values
+
+
+def _cache_algorithm(recipe: Recipe) -> str | None:
+    return None if recipe.kv_cache == "none" else recipe.kv_cache.upper()
 
 
 # Modules that are linear to TensorRT-LLM, and never quantised here.
@@ -45,8 +49,9 @@ UNIFIED_EXCLUDES = ("*.router", "transformer.vocab_embedding", "transformer.posi
 
 def hf_quantization(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, Any]:
     """`quantization_config` of config.json; empty if ModelOpt's file says it, or nothing is."""
+    cache = {"kv_cache_scheme": _STATIC_FP8} if recipe.kv_cache == "fp8" else {}
     if recipe.quant == "fp8-block":
-        return {
+        return cache | {
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
@@ -54,8 +59,14 @@ def hf_quantization(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, Any
             "modules_to_not_convert": list(unquantised),
         }
     if recipe.quant == "fp8-row":
-        return _compressed_tensors(unquantised)
+        return cache | _compressed_tensors(unquantised)
     return {}
+
+
+# compressed-tensors' description of keys and values in e4m3 with scales that are in the file.
+_STATIC_FP8 = {
+    "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False
+}  # fmt: skip
 
 
 def _compressed_tensors(unquantised: Sequence[str]) -> dict[str, Any]:
@@ -77,12 +88,13 @@ def _compressed_tensors(unquantised: Sequence[str]) -> dict[str, Any]:
 
 def modelopt_file(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, dict[str, Any]]:
     """`hf_quant_config.json`, by its name, for the schemes that ModelOpt defines."""
-    if recipe.quant not in ("fp8", "mxfp8", "nvfp4"):
+    only_cache = recipe.quant == "none" and recipe.kv_cache != "none"
+    if recipe.quant not in ("fp8", "mxfp8", "nvfp4") and not only_cache:
         return {}
     quantization: dict[str, Any] = {
-        "quant_algo": ALGORITHMS[recipe.quant],
-        "kv_cache_quant_algo": None,
-        "exclude_modules": list(unquantised),
+        "quant_algo": ALGORITHMS.get(recipe.quant),
+        "kv_cache_quant_algo": _cache_algorithm(recipe),
+        "exclude_modules": [] if only_cache else list(unquantised),
     }
     if recipe.quant == "nvfp4":
         quantization["group_size"] = 16

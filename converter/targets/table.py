@@ -43,6 +43,11 @@ Settings = dict[str, Mapping[str, object]]
 
 def _check_trtllm(spec: ModelSpec, recipe: Recipe) -> None:
     format_of(recipe)
+    if recipe.pp_size > 1 and (recipe.keep_first or recipe.keep_last):
+        raise RecipeError(
+            f"keep_first and keep_last have no place in a config.json for pp_size = "
+            f"{recipe.pp_size}, whose stages each number their layers from 0; leave them out"
+        )
     refuse_special(spec)
     check(spec, recipe)
 
