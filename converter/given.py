@@ -49,11 +49,15 @@ class StoredConstants:
 
 @dataclass
 class Given:
-    """The table of scales, if there is one; `notes` collects what a user should be told."""
+    """The table of scales, if there is one; `notes` collects what a user should be told.
+
+    `relaid` has the scales of weights whose codes are copied, by rank and name.
+    """
 
     constant: Constant
     table: ScaleTable | None = None
     notes: list[str] = field(default_factory=list)
+    relaid: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict)
 
     def check_used(self, recipe: Recipe) -> None:
         """Raise ScaleError if a scale that the user gave was given to no module."""

@@ -13,7 +13,7 @@ import torch
 from fuseport.kernels.move import Move
 from fuseport.kernels.quant import GivenScale, Scheme
 
-from .errors import RecipeError
+from .errors import RecipeError, ScaleError
 from .formats import Format, Place, format_of
 from .given import Given, GroupScales, cache_scales, group_scales
 from .layout import pairs, shape_of
@@ -34,7 +34,9 @@ def build(
             pattern of `recipe.exclude` matches nothing; or there is no cache of keys and values.
         ScaleError: a scale that is needed was not given.
     """
-    weights = _weights(targets, recipe, allocate, given)
+    chosen = format_of(recipe)
+    scales = group_scales(to_quantise(targets, recipe), chosen, given) if chosen else {}
+    weights = _Weights(chosen, allocate, given, scales) if chosen else None
     caches = cache_scales(targets, given) if recipe.kv_cache == "fp8" else {}
     for target in targets:
         if weights is not None and target.quant is None and target.group in weights.scales:
@@ -46,16 +48,16 @@ def build(
             yield given.tensor(target, name, shape, caches[target.module], allocate)
 
 
-def _weights(
-    targets: Sequence[TargetTensor], recipe: Recipe, allocate: Allocate, given: Given
-) -> _Weights | None:
-    """What quantises weights; None if nothing does."""
-    chosen = format_of(recipe)
-    if chosen is None:
-        return None
-    excluded = _excluded_groups(targets, recipe) | _kept_groups(targets, recipe)
-    linears = [one for one in targets if one.group and not one.quant and one.group not in excluded]
-    return _Weights(chosen, allocate, given, group_scales(linears, chosen, given))
+def to_quantise(targets: Sequence[TargetTensor], recipe: Recipe) -> list[TargetTensor]:
+    """The linears that a recipe quantises with scales of its own.
+
+    Raises:
+        RecipeError: the target cannot hold the scheme, or options name no layers or modules.
+    """
+    if format_of(recipe) is None:
+        return []
+    stays = _excluded_groups(targets, recipe) | _kept_groups(targets, recipe)
+    return [one for one in targets if one.group and not one.quant and one.group not in stays]
 
 
 def _kept_groups(targets: Sequence[TargetTensor], recipe: Recipe) -> set[str]:
@@ -109,7 +111,10 @@ class _Weights:
         """A weight's codes and scales."""
         scales = self.scales[target.group]
         module = target.name.rpartition(".")[0]
-        if scales.weight is None:
+        relaid = self.given.relaid.get((target.rank, target.name))
+        if relaid is not None:
+            yield from self._relaid(target, module, relaid, scales)
+        elif scales.weight is None:
             yield from self._computed(target, module)
         else:
             yield from self._with_given(target, module, scales)
@@ -117,6 +122,22 @@ class _Weights:
             name = f"{module}.{self.chosen.input.suffix}"
             shape = self.chosen.input.shape(*shape_of(target.layout)[-2:])
             yield self.given.tensor(target, name, shape, scales.input, self.allocate)
+
+    def _relaid(
+        self, target: TargetTensor, module: str, relaid: torch.Tensor, scales: GroupScales
+    ) -> Iterator[Planned]:
+        """Codes and scales as the source has them."""
+        if scales.weight is not None:
+            raise ScaleError(
+                f"a weight scale of {target.module} is given, but the source stores the weight in "
+                f"fp8 with a scale of its own; leave it out"
+            )
+        yield plain(replace(target, dtype=self.chosen.codes), self.allocate)
+        kind = self.chosen.scale
+        *experts, rows, columns = shape_of(target.layout)
+        dst = self.allocate((*experts, *kind.shape(rows, columns)), dtype=kind.dtype)
+        move = Move(dst.view(-1), relaid.view(-1))
+        yield Planned(target.rank, f"{module}.{kind.suffix}", dst, (move,))
 
     def _with_given(
         self, target: TargetTensor, module: str, scales: GroupScales
