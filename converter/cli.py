@@ -64,6 +64,9 @@ KvCache = Annotated[
 ]
 KeepFirst = Annotated[int, typer.Option(help="First layers that are not quantised.")]
 KeepLast = Annotated[int, typer.Option(help="Last layers that are not quantised.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Sum the error of quantisation up in the same pass.")
+]
 Assets = Annotated[
     Path | None, typer.Option("--hf-assets", help="Copy the tokenizer's files from here.")
 ]
@@ -97,6 +100,7 @@ def convert(
     family: FamilyFile = None,
     shard_size: Annotated[int, typer.Option(help="Most bytes of a file, for hf.")] = SHARD_SIZE,
     hf_assets: Assets = None,
+    measure: Measure = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
@@ -127,7 +131,7 @@ def convert(
     with show.progress(console, "converting", plan.nbytes) as advance:
         report = convert_checkpoint(
             plan, out, backend=backend, device=device, overwrite=overwrite, assets=hf_assets,
-            progress=advance,
+            measure=measure, progress=advance,
         )  # fmt: skip
     console.print(show.report_text(report))
 

@@ -25,6 +25,7 @@ from .checkpoint import (
     write_json,
 )
 from .given import Given, StoredConstants, scale_table
+from .losses import Losses
 from .model import ModelSpec
 from .plan import Planned, batches, bind, intervals, on_meta, storage_key
 from .quantise import build, on_real
@@ -144,16 +145,15 @@ def plan_checkpoint(
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did.
-
-    `saturated` and `nonfinite` count elements by target tensor, where there were any.
-    """
+    """What a conversion did, and what it lost, by target tensor (see `losses`)."""
 
     out: Path
     nbytes: int
     tensors: int
     saturated: Mapping[str, int]
     nonfinite: Mapping[str, int]
+    relative_errors: Mapping[str, float]
+    snr_db: float | None
 
 
 def convert_checkpoint(
@@ -166,6 +166,7 @@ def convert_checkpoint(
     device: str = "auto",
     overwrite: bool = False,
     assets: Path | None = None,
+    measure: bool = False,
     progress: Progress = lambda nbytes: None,
 ) -> Report:
     """Convert a checkpoint into what the recipe's target loads.
@@ -179,6 +180,7 @@ def convert_checkpoint(
         backend, device: where the moves run.
         overwrite: replace `out` if it exists.
         assets: a directory from which the tokenizer's files are copied, for targets that have them.
+        measure: sum the errors of quantised weights up, in the same pass.
         progress: called with the number of target bytes done since the last call.
 
     Raises:
@@ -198,39 +200,40 @@ def convert_checkpoint(
         writer = Writer(partial, plan.images)
         try:
             writer.open()
-            counts = _fill(plan, writer, run, where, progress)
+            losses = _fill(plan, writer, run, where, measure, progress)
             writer.finish()
         finally:
             writer.close()
         for name, values in plan.settings().items():
             write_json(partial / name, values)
-        write_json(partial / MANIFEST, _manifest(plan, writer, counts))
-    return Report(out, plan.nbytes, len(plan.tensors), counts[0], counts[1])
+        write_json(partial / MANIFEST, _manifest(plan, writer, losses))
+    return Report(out, plan.nbytes, len(plan.tensors), **losses.summary())
 
 
 def _fill(
-    plan: CheckpointPlan, writer: Writer, run: Run, device: torch.device, progress: Progress
-) -> tuple[dict[str, int], dict[str, int]]:
-    saturated: dict[str, int] = {}
-    nonfinite: dict[str, int] = {}
+    plan: CheckpointPlan, writer: Writer, run: Run, device: torch.device, measure: bool,
+    progress: Progress,
+) -> Losses:  # fmt: skip
+    losses = Losses()
     for batch in batches(plan.tensors, BATCH):
-        results, counts = compute(batch, plan.stored, run, device)
-        for planned, tensor, (beyond, strange) in zip(batch, results, counts, strict=True):
+        results, lost = compute(batch, plan.stored, run, device, measure)
+        for planned, tensor, (counts, power) in zip(batch, results, lost, strict=True):
             writer.write(planned.rank, planned.name, tensor.cpu())
             name = f"{Path(plan.images[planned.rank].name).stem}/{planned.name}"
-            saturated |= {name: beyond} if beyond else {}
-            nonfinite |= {name: strange} if strange else {}
+            losses.add(name, counts, power)
             progress(planned.nbytes)
-    return saturated, nonfinite
+    return losses
 
 
 def compute(
-    batch: list[Planned], stored: Mapping[int, Stored], run: Run, device: torch.device
-) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+    batch: list[Planned], stored: Mapping[int, Stored], run: Run, device: torch.device,
+    measure: bool = False,
+) -> tuple[list[torch.Tensor], list[tuple[list[int], list[float]]]]:  # fmt: skip
     """Read what a batch of planned tensors needs, and fill them on `device`.
 
     Returns:
-        The tensors, and for each (saturated, non-finite) element counts.
+        The tensors, and for each (saturated, non-finite) element counts and, if they are measured,
+        (signal, noise) sums.
     """
     memory = _load((move.src for one in batch for move in one.moves), stored, device)
     results = [torch.empty_like(planned.dst, device=device) for planned in batch]
@@ -240,11 +243,11 @@ def compute(
         [_bound(move, dst, memory, real) for move in planned.moves]
         for planned, dst in zip(batch, results, strict=True)
     ]
-    counts = run_all(run, [move for group in moves for move in group], True)
-    assert counts is not None
+    every = [move for group in moves for move in group]
+    counts, power = run_all(run, every, measure, device)
     sizes = [len(group) for group in moves]
-    totals = [part.sum(0).tolist() for part in counts.split(sizes)]
-    return results, [(beyond, strange) for beyond, strange in totals]
+    sums = [[part.sum(0).tolist() for part in each.split(sizes)] for each in (counts, power)]
+    return results, list(zip(*sums, strict=True))
 
 
 Memory = dict[int, list[tuple[int, torch.Tensor]]]
@@ -275,9 +278,7 @@ def _bound(move: Move, dst: torch.Tensor, memory: Memory, real: dict[int, torch.
     return Move(target, bind(move.src, flat, first), move.shift, quant)
 
 
-def _manifest(
-    plan: CheckpointPlan, writer: Writer, counts: tuple[dict[str, int], dict[str, int]]
-) -> dict[str, object]:
+def _manifest(plan: CheckpointPlan, writer: Writer, losses: Losses) -> dict[str, object]:
     files = {
         path.name: {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
         for path in sorted(writer.directory.iterdir())
@@ -290,8 +291,7 @@ def _manifest(
         "recipe": dataclasses.asdict(plan.recipe),
         "spec": dataclasses.asdict(plan.spec),
         "ignored": dict(plan.source.ignored),
-        "saturated": counts[0],
-        "nonfinite": counts[1],
+        **losses.summary(),
         "notes": list(plan.notes),
         "files": files,
         "tensors": writer.digests,

@@ -81,7 +81,19 @@ def report_text(report: Report) -> str:
                 f"[yellow]warning[/]: {sum(counts.values())} values in {len(counts)} tensors "
                 f"{what}, most in {escape(worst)} ({counts[worst]})"
             )
+    lines += _error_text(report.relative_errors, report.snr_db)
     return "\n".join(lines)
+
+
+def _error_text(errors: Mapping[str, float], snr: float | None) -> Iterator[str]:
+    """What quantisation costs, where it was measured."""
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        ratio = "nothing lost" if snr is None else f"signal to noise {snr:.2f} dB"
+        yield (
+            f"quantisation: {ratio} over {len(errors)} weights; largest relative error "
+            f"{errors[worst]:.4f} in {escape(worst)}"
+        )
 
 
 def verification_text(out: Path, result: Verification) -> str:
