@@ -5,18 +5,18 @@ from __future__ import annotations
 import io
 import signal
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
 from rich.console import Console
-from rich.markup import escape
 
 from . import show
-from .convert import convert_checkpoint, plan_checkpoint
+from .convert import Report, convert_checkpoint, plan_checkpoint
 from .demo import write_demo_checkpoint
 from .errors import FuseportError, RecipeError
 from .hf_family import make_family
@@ -107,32 +107,22 @@ def convert(
     """Convert a checkpoint. OUT appears whole or not at all."""
     facts = _facts(spec, fact) | ({} if vocab_size is None else {"vocab_size": vocab_size})
     recipe = Recipe(
-        target=target,
-        tp_size=tp,
-        pp_size=pp,
-        moe_ep_size=ep,
-        dtype=dtype,
-        use_parallel_embedding=parallel_embedding,
-        quant=quant,
-        exclude=(*USUAL_EXCLUDES, *(exclude or ())),
-        keep_first=keep_first,
-        keep_last=keep_last,
-        scales=_scales(scales),
-        kv_cache=kv_cache,
-        shard_size=shard_size,
-        family=_table(family),
-    )
+        target=target, tp_size=tp, pp_size=pp, moe_ep_size=ep, dtype=dtype,
+        use_parallel_embedding=parallel_embedding, shard_size=shard_size, family=_table(family),
+        quant=quant, exclude=(*USUAL_EXCLUDES, *(exclude or ())), keep_first=keep_first,
+        keep_last=keep_last, scales=_scales(scales), kv_cache=kv_cache,
+    )  # fmt: skip
     plan = plan_checkpoint(source, recipe, facts)
-    console.print(show.plan_table(plan))
-    for note in plan.notes:
-        console.print(f"[yellow]warning[/]: {escape(note)}")
+    console.print(show.plan_table(plan), *show.notes(plan))
     if dry_run:
         return
-    with show.progress(console, "converting", plan.nbytes) as advance:
-        report = convert_checkpoint(
-            plan, out, backend=backend, device=device, overwrite=overwrite, assets=hf_assets,
-            measure=measure, progress=advance,
-        )  # fmt: skip
+    run = partial(convert_checkpoint, plan, out, backend=backend, device=device, measure=measure)
+    _run(partial(run, overwrite=overwrite, assets=hf_assets), plan.nbytes)
+
+
+def _run(run: Callable[..., Report], nbytes: int) -> None:
+    with show.progress(console, "converting", nbytes) as advance:
+        report = run(progress=advance)
     console.print(show.report_text(report))
 
 

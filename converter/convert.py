@@ -188,11 +188,9 @@ def convert_checkpoint(
     """
     where = default_device(device)
     run = choose(backend, where)
-    plan = (
-        source
-        if isinstance(source, CheckpointPlan)
-        else plan_checkpoint(source, recipe or Recipe(), facts)
-    )
+    plan = source
+    if not isinstance(plan, CheckpointPlan):
+        plan = plan_checkpoint(plan, recipe or Recipe(), facts)
     keep_apart(plan.source.origin, out)
     with publish(out, overwrite=overwrite, needed=plan.nbytes) as partial:
         if assets is not None:

@@ -68,6 +68,11 @@ def plan_table(plan: CheckpointPlan) -> Table:
     return table
 
 
+def notes(plan: CheckpointPlan) -> list[str]:
+    """What a user should be told before anything is read: a line each."""
+    return [f"[yellow]warning[/]: {escape(note)}" for note in plan.notes]
+
+
 def report_text(report: Report) -> str:
     """One paragraph about a finished conversion."""
     lines = [f"wrote {escape(str(report.out))}: {report.tensors} tensors, {size(report.nbytes)}"]
