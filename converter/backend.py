@@ -113,7 +113,14 @@ def default_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def run_all(run: Run, moves: Sequence[Move], count: bool) -> torch.Tensor | None:
-    """Run a batch; the counters come back on the host."""
-    counts = run(moves, count=count)
-    return None if counts is None else counts.cpu()
+def run_all(
+    run: Run, moves: Sequence[Move], measure: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a batch; on the host, [moves, 2] each: int64 counters, and fp64 sums of power.
+
+    The sums are those of `FusedCopy.run`, and 0 without `measure`.
+    """
+    power = torch.zeros(len(moves), 2, dtype=torch.float64, device=device)
+    counts = run(moves, count=True, power=power if measure else None)
+    assert counts is not None
+    return counts.cpu(), power.cpu()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,7 +20,9 @@ from .convert import convert_checkpoint, plan_checkpoint
 from .demo import write_demo_checkpoint
 from .errors import FuseportError, RecipeError
 from .hf_family import make_family
-from .recipe import MTP, PROFILES, SHARD_SIZE, USUAL_EXCLUDES, Recipe
+from .recipe import FROM_SOURCE, MTP, PROFILES, SHARD_SIZE, USUAL_EXCLUDES, Recipe
+from .report import Report
+from .scales import read_scales
 from .verify import verify_checkpoint
 
 app = typer.Typer(
@@ -45,9 +48,7 @@ Facts = Annotated[
     typer.Option("--fact", metavar="NAME=VALUE", help="One model fact; may be repeated."),
 ]
 
-Quant = Annotated[
-    str, typer.Option(help="none, fp8, fp8-row, fp8-block or mxfp8; scales from the weights.")
-]
+Quant = Annotated[str, typer.Option(help="none, fp8, fp8-row, fp8-block, mxfp8 or nvfp4.")]
 Profile = Annotated[
     str, typer.Option(help="Who reads hf: vllm, sglang, trtllm or compressed-tensors.")
 ]
@@ -55,6 +56,21 @@ Mtp = Annotated[str, typer.Option(help="drop or keep layers that predict further
 Exclude = Annotated[
     list[str] | None,
     typer.Option(help="Pattern of modules not to quantise, beside lm_head; may be repeated."),
+]
+Scales = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Given scales: *.json or *.safetensors; or 'source': Transformer Engine's.",
+    ),
+]
+KvCache = Annotated[
+    str, typer.Option(help="none or fp8: keys and values in e4m3, with given scales or 1.0.")
+]
+KeepFirst = Annotated[int, typer.Option(help="First layers that are not quantised.")]
+KeepLast = Annotated[int, typer.Option(help="Last layers that are not quantised.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Sum the error of quantisation up in the same pass.")
 ]
 Assets = Annotated[
     Path | None, typer.Option("--hf-assets", help="Copy the tokenizer's files from here.")
@@ -78,6 +94,10 @@ def convert(
     exclude: Exclude = None,
     profile: Profile = PROFILES[0],
     mtp: Mtp = MTP[0],
+    keep_first: KeepFirst = 0,
+    keep_last: KeepLast = 0,
+    scales: Scales = None,
+    kv_cache: KvCache = "none",
     vocab_size: Annotated[int | None, typer.Option(help="The tokenizer's, unpadded.")] = None,
     parallel_embedding: Annotated[bool, typer.Option(help="Shard the embeddings.")] = False,
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
@@ -87,34 +107,29 @@ def convert(
     family: FamilyFile = None,
     shard_size: Annotated[int, typer.Option(help="Most bytes of a file, for hf.")] = SHARD_SIZE,
     hf_assets: Assets = None,
+    measure: Measure = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> None:
     """Convert a checkpoint. OUT appears whole or not at all."""
     facts = _facts(spec, fact) | ({} if vocab_size is None else {"vocab_size": vocab_size})
     recipe = Recipe(
-        target=target,
-        tp_size=tp,
-        pp_size=pp,
-        moe_ep_size=ep,
-        dtype=dtype,
-        use_parallel_embedding=parallel_embedding,
-        quant=quant,
-        profile=profile,
-        mtp=mtp,
-        exclude=(*USUAL_EXCLUDES, *(exclude or ())),
-        shard_size=shard_size,
-        family=_table(family),
-    )
+        target=target, tp_size=tp, pp_size=pp, moe_ep_size=ep, dtype=dtype,
+        use_parallel_embedding=parallel_embedding, shard_size=shard_size, family=_table(family),
+        quant=quant, exclude=(*USUAL_EXCLUDES, *(exclude or ())), keep_first=keep_first,
+        keep_last=keep_last, scales=_scales(scales), kv_cache=kv_cache, profile=profile, mtp=mtp,
+    )  # fmt: skip
     plan = plan_checkpoint(source, recipe, facts)
-    console.print(show.plan_table(plan))
+    console.print(show.plan_table(plan), *show.notes(plan))
     if dry_run:
         return
-    with show.progress(console, "converting", plan.nbytes) as advance:
-        report = convert_checkpoint(
-            plan, out, backend=backend, device=device, overwrite=overwrite, assets=hf_assets,
-            progress=advance,
-        )  # fmt: skip
+    run = partial(convert_checkpoint, plan, out, backend=backend, device=device, measure=measure)
+    _run(partial(run, overwrite=overwrite, assets=hf_assets), plan.nbytes)
+
+
+def _run(run: Callable[..., Report], nbytes: int) -> None:
+    with show.progress(console, "converting", nbytes) as advance:
+        report = run(progress=advance)
     console.print(show.report_text(report))
 
 
@@ -173,6 +188,12 @@ def _facts(file: Path | None, pairs: list[str] | None) -> dict[str, Any]:
             raise RecipeError(f"--fact {pair!r}: expected NAME=VALUE")
         facts[name] = value
     return facts
+
+
+def _scales(given: str | None) -> Mapping[str, Mapping[str, float]] | str | None:
+    if given is None or given == FROM_SOURCE:
+        return given
+    return read_scales(Path(given)).entries
 
 
 def _table(file: Path | None) -> dict[str, Any] | None:

@@ -6,6 +6,7 @@ import dataclasses
 import importlib.metadata
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,15 +24,18 @@ from .checkpoint import (
     publish,
     write_json,
 )
+from .given import Given, StoredConstants, scale_table
+from .losses import Losses
 from .model import ModelSpec
 from .plan import Planned, batches, bind, intervals, on_meta, storage_key
 from .quantise import build, on_real
 from .recipe import Recipe
+from .report import Report
 from .sources.source import Source, open_source
 from .sources.stored import Piece, Stored
 from .state import check_complete, zero_row
 from .stored_codes import tally, twins_of, without_unused
-from .targets.table import TARGETS
+from .targets.table import TARGETS, te_table
 from .targets.target import Target, Task, file_images
 
 # Bytes of target tensors converted at once.
@@ -53,6 +57,7 @@ class CheckpointPlan:
     tensors: list[Planned]
     stored: Mapping[int, Stored]
     images: Mapping[int, FileImage]
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -133,29 +138,17 @@ def plan_checkpoint(
     padding = Stored(PADDING, tuple(zeros.shape), zeros.dtype, (piece,))
     task = Task(model, spec, recipe, twin, origin=opened.handed_on)
     kept, codes = twins_of(opened.stored)
-    planned = list(build(list(target.rules(task)), recipe, on_meta, kept))
-    stored = without_unused({**opened.stored, **codes, storage_key(twin): padding}, planned, kept)
+    stored = {**opened.stored, **codes, storage_key(twin): padding}
+    constants = StoredConstants(stored)
+    scales = Given(constants, scale_table(recipe, partial(te_table, task, opened.states)))
+    planned = list(build(list(target.rules(task)), recipe, on_meta, scales, kept))
+    scales.check_used(recipe)
+    stored = without_unused(stored, planned, kept)
     tensors, images = file_images(target, planned, recipe)
-    plan = CheckpointPlan(opened, spec, recipe, tensors, stored, images)
+    plan = CheckpointPlan(opened, spec, recipe, tensors, stored, images, tuple(scales.notes))
     # What a target's settings cannot say is an error before anything is read.
     plan.settings()
     return plan
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did.
-
-    `saturated` and `nonfinite` count elements by target tensor, where there were any. `codes` says
-    how many quantised weights of the source were "kept", and how many "dequantised" first.
-    """
-
-    out: Path
-    nbytes: int
-    tensors: int
-    saturated: Mapping[str, int]
-    nonfinite: Mapping[str, int]
-    codes: Mapping[str, int]
 
 
 def convert_checkpoint(
@@ -168,6 +161,7 @@ def convert_checkpoint(
     device: str = "auto",
     overwrite: bool = False,
     assets: Path | None = None,
+    measure: bool = False,
     progress: Progress = lambda nbytes: None,
 ) -> Report:
     """Convert a checkpoint into what the recipe's target loads.
@@ -181,6 +175,7 @@ def convert_checkpoint(
         backend, device: where the moves run.
         overwrite: replace `out` if it exists.
         assets: a directory from which the tokenizer's files are copied, for targets that have them.
+        measure: sum the errors of quantised weights up, in the same pass.
         progress: called with the number of target bytes done since the last call.
 
     Raises:
@@ -188,11 +183,9 @@ def convert_checkpoint(
     """
     where = default_device(device)
     run = choose(backend, where)
-    plan = (
-        source
-        if isinstance(source, CheckpointPlan)
-        else plan_checkpoint(source, recipe or Recipe(), facts)
-    )
+    plan = source
+    if not isinstance(plan, CheckpointPlan):
+        plan = plan_checkpoint(plan, recipe or Recipe(), facts)
     keep_apart(plan.source.origin, out)
     with publish(out, overwrite=overwrite, needed=plan.nbytes) as partial:
         if assets is not None:
@@ -200,39 +193,41 @@ def convert_checkpoint(
         writer = Writer(partial, plan.images)
         try:
             writer.open()
-            counts = _fill(plan, writer, run, where, progress)
+            losses = _fill(plan, writer, run, where, measure, progress)
             writer.finish()
         finally:
             writer.close()
         for name, values in plan.settings().items():
             write_json(partial / name, values)
-        write_json(partial / MANIFEST, _manifest(plan, writer, counts))
-    return Report(out, plan.nbytes, len(plan.tensors), *counts, tally(plan.stored))
+        write_json(partial / MANIFEST, _manifest(plan, writer, losses))
+    lost = losses.summary()
+    return Report(out, plan.nbytes, len(plan.tensors), **lost, codes=tally(plan.stored))
 
 
 def _fill(
-    plan: CheckpointPlan, writer: Writer, run: Run, device: torch.device, progress: Progress
-) -> tuple[dict[str, int], dict[str, int]]:
-    saturated: dict[str, int] = {}
-    nonfinite: dict[str, int] = {}
+    plan: CheckpointPlan, writer: Writer, run: Run, device: torch.device, measure: bool,
+    progress: Progress,
+) -> Losses:  # fmt: skip
+    losses = Losses()
     for batch in batches(plan.tensors, BATCH):
-        results, counts = compute(batch, plan.stored, run, device)
-        for planned, tensor, (beyond, strange) in zip(batch, results, counts, strict=True):
+        results, lost = compute(batch, plan.stored, run, device, measure)
+        for planned, tensor, (counts, power) in zip(batch, results, lost, strict=True):
             writer.write(planned.rank, planned.name, tensor.cpu())
             name = f"{Path(plan.images[planned.rank].name).stem}/{planned.name}"
-            saturated |= {name: beyond} if beyond else {}
-            nonfinite |= {name: strange} if strange else {}
+            losses.add(name, counts, power)
             progress(planned.nbytes)
-    return saturated, nonfinite
+    return losses
 
 
 def compute(
-    batch: list[Planned], stored: Mapping[int, Stored], run: Run, device: torch.device
-) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
+    batch: list[Planned], stored: Mapping[int, Stored], run: Run, device: torch.device,
+    measure: bool = False,
+) -> tuple[list[torch.Tensor], list[tuple[list[int], list[float]]]]:  # fmt: skip
     """Read what a batch of planned tensors needs, and fill them on `device`.
 
     Returns:
-        The tensors, and for each (saturated, non-finite) element counts.
+        The tensors, and for each (saturated, non-finite) element counts and, if they are measured,
+        (signal, noise) sums.
     """
     memory = _load((move.src for one in batch for move in one.moves), stored, device)
     results = [torch.empty_like(planned.dst, device=device) for planned in batch]
@@ -242,11 +237,11 @@ def compute(
         [_bound(move, dst, memory, real) for move in planned.moves]
         for planned, dst in zip(batch, results, strict=True)
     ]
-    counts = run_all(run, [move for group in moves for move in group], True)
-    assert counts is not None
+    every = [move for group in moves for move in group]
+    counts, power = run_all(run, every, measure, device)
     sizes = [len(group) for group in moves]
-    totals = [part.sum(0).tolist() for part in counts.split(sizes)]
-    return results, [(beyond, strange) for beyond, strange in totals]
+    sums = [[part.sum(0).tolist() for part in each.split(sizes)] for each in (counts, power)]
+    return results, list(zip(*sums, strict=True))
 
 
 Memory = dict[int, list[tuple[int, torch.Tensor]]]
@@ -277,9 +272,7 @@ def _bound(move: Move, dst: torch.Tensor, memory: Memory, real: dict[int, torch.
     return Move(target, bind(move.src, flat, first), move.shift, quant)
 
 
-def _manifest(
-    plan: CheckpointPlan, writer: Writer, counts: tuple[dict[str, int], dict[str, int]]
-) -> dict[str, object]:
+def _manifest(plan: CheckpointPlan, writer: Writer, losses: Losses) -> dict[str, object]:
     files = {
         path.name: {"bytes": path.stat().st_size, "xxh3_128": file_digest(path)}
         for path in sorted(writer.directory.iterdir())
@@ -292,9 +285,9 @@ def _manifest(
         "recipe": dataclasses.asdict(plan.recipe),
         "spec": dataclasses.asdict(plan.spec),
         "ignored": dict(plan.source.ignored),
-        "saturated": counts[0],
-        "nonfinite": counts[1],
+        **losses.summary(),
         "codes": tally(plan.stored),
+        "notes": list(plan.notes),
         "files": files,
         "tensors": writer.digests,
     }

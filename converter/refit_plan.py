@@ -11,6 +11,7 @@ import torch.distributed as dist
 from fuseport.kernels.move import GivenScale
 
 from .errors import RecipeError
+from .given import Given
 from .model import ModelSpec
 from .plan import on_meta, storage_key
 from .quantise import build
@@ -77,18 +78,32 @@ def plan_refit(
     filled = [_ranks(one, number, len(offers)) for number, one in enumerate(offers)]
     wholes = whole_tensors([one.held for one in offers], spec)
     meta = {n: torch.empty(w.shape, dtype=w.dtype, device="meta") for n, w in wholes.items()}
+    _check_supported(recipe)
     TARGETS[recipe.target].check(spec, recipe)
     model = read_model(meta, spec)
     check_complete(model, spec)
     zeros = zero_row(model, spec, torch.device("meta"))
     task = Task(model, spec, recipe, zeros, scales)
-    planned = list(build(list(TARGETS[recipe.target].rules(task)), recipe, on_meta))
+    planned = list(
+        build(list(TARGETS[recipe.target].rules(task)), recipe, on_meta, Given(_constant))
+    )
     sources = {storage_key(meta[name]): (name, whole) for name, whole in wholes.items()}
     sources[storage_key(zeros)] = (PADDING, everywhere(zeros, len(offers)))
     return RefitPlan(
         tuple(wanted(planned, sources, filled)), whole_names(offer.held, spec), filled[process],
         zeros, process, len(offers),
     )  # fmt: skip
+
+
+def _check_supported(recipe: Recipe) -> None:
+    if recipe.scales is not None or recipe.kv_cache != "none" or recipe.quant == "nvfp4":
+        raise RecipeError(
+            "a refit takes no scales, kv_cache or quant = 'nvfp4' in its recipe yet; leave them out"
+        )
+
+
+def _constant(value: float) -> torch.Tensor:
+    raise RecipeError(f"a refit cannot hold the given number {value}; leave out what needs it")
 
 
 def _gather(offer: _Offer, group: dist.ProcessGroup) -> list[_Offer]:

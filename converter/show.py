@@ -23,9 +23,10 @@ from rich.progress import (
 from rich.table import Table
 
 from .checkpoint import MANIFEST, read_json
-from .convert import CheckpointPlan, Report
+from .convert import CheckpointPlan
 from .hf_family import Table as FamilyTable
 from .model import ModelSpec
+from .report import Report
 from .sources.source import Source, open_source
 from .verify import SETTINGS, Verification, read_manifest
 
@@ -68,6 +69,11 @@ def plan_table(plan: CheckpointPlan) -> Table:
     return table
 
 
+def notes(plan: CheckpointPlan) -> list[str]:
+    """What a user should be told before anything is read: a line each."""
+    return [f"[yellow]warning[/]: {escape(note)}" for note in plan.notes]
+
+
 def report_text(report: Report) -> str:
     """One paragraph about a finished conversion."""
     lines = [f"wrote {escape(str(report.out))}: {report.tensors} tensors, {size(report.nbytes)}"]
@@ -86,7 +92,19 @@ def report_text(report: Report) -> str:
                 f"[yellow]warning[/]: {sum(counts.values())} values in {len(counts)} tensors "
                 f"{what}, most in {escape(worst)} ({counts[worst]})"
             )
+    lines += _error_text(report.relative_errors, report.snr_db)
     return "\n".join(lines)
+
+
+def _error_text(errors: Mapping[str, float], snr: float | None) -> Iterator[str]:
+    """What quantisation costs, where it was measured."""
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        ratio = "nothing lost" if snr is None else f"signal to noise {snr:.2f} dB"
+        yield (
+            f"quantisation: {ratio} over {len(errors)} weights; largest relative error "
+            f"{errors[worst]:.4f} in {escape(worst)}"
+        )
 
 
 def verification_text(out: Path, result: Verification) -> str:

@@ -24,6 +24,7 @@ from .checkpoint import MANIFEST, file_digest, raw_bytes, read_json
 from .convert import BATCH, CheckpointPlan, compute, plan_checkpoint
 from .coverage import uses
 from .errors import FuseportError, VerificationError
+from .given import GIVEN
 from .model import ModelSpec
 from .plan import batches
 from .recipe import Recipe
@@ -31,8 +32,7 @@ from .targets.table import TARGETS
 from .targets.target import Target
 
 Progress = Callable[[int], None]
-FORMAT = 1
-SETTINGS = "config.json"
+FORMAT, SETTINGS = 1, "config.json"
 
 
 @dataclass(frozen=True)
@@ -279,7 +279,7 @@ def account(plan: CheckpointPlan) -> Accounting:
     Raises:
         VerificationError: elements of a tensor are used nowhere, without a reason.
     """
-    sizes = {key: stored.numel for key, stored in plan.stored.items()}
+    sizes = {key: one.numel for key, one in plan.stored.items() if one.name != GIVEN}
     padding = plan.padding_rows()
     once = repeated = 0
     dropped: dict[str, int] = {}

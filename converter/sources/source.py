@@ -37,7 +37,8 @@ class Source:
     a weight.
 
     `read` turns tensors into logical views; `embedding` and `output` are the keys of the two
-    tensors that may have rows to drop.
+    tensors that may have rows to drop. `states` reads Transformer Engine's module states, by
+    Megatron-Core's in-memory names.
     """
 
     origin: Path
@@ -50,6 +51,7 @@ class Source:
     embedding: str = "embedding.word_embeddings.weight"
     output: str = "output_layer.weight"
     handed_on: Origin = field(default_factory=Origin)
+    states: Callable[[], Mapping[str, object]] = dict
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +92,8 @@ def _open(path: Path, facts: Mapping[str, object], family: Table | None, mtp: st
         stored = merge_shards(legacy.shards, {**legacy.facts, **facts})
         return make_source(path, "mp_rank", stored, legacy.facts, legacy.ignored)
     opened = read_torch_dist(path)
-    return make_source(opened.origin, "torch_dist", opened.tensors, opened.facts, opened.ignored)
+    source = make_source(opened.origin, "torch_dist", opened.tensors, opened.facts, opened.ignored)
+    return dataclasses.replace(source, states=opened.states)
 
 
 def _open_hf(path: Path, table: Table | None, mtp: str) -> Source:

@@ -28,7 +28,7 @@ from ..logical import (
 )
 from ..model import ModelSpec
 from ..recipe import Recipe
-from .parts import TargetTensor
+from .parts import CacheScale, TargetTensor
 
 
 class HfRules:
@@ -49,7 +49,7 @@ class HfRules:
 
     def tensors(self) -> Iterator[TargetTensor]:
         """Every tensor: the embedding, the layers, the output."""
-        model, names = self.model, _Names(self.family, self.recipe, 0)
+        model, names = self.model, _Names(self.family, self.recipe, -1)
         if model.positions is not None:
             raise UnsupportedOptionError(
                 f"the model has learned positions, for which the family "
@@ -121,8 +121,9 @@ class _Names:
             group = self.family.group(part, self.layer, expert)
         module = names[0].rpartition(".")[0] if group else ""
         return TargetTensor(
-            0, names[0], layout, dtype or self.dtype, shift, group=group, module=module
-        )
+            0, names[0], layout, dtype or self.dtype, shift, group=group, module=module,
+            layer=self.layer, cache=_cache(part, module) if module else None,
+        )  # fmt: skip
 
     def linear(
         self, part: str, weight: Layout, bias: Layout | None, expert: int = 0
@@ -141,6 +142,11 @@ class _Names:
 
     def module(self, part: str) -> bool:
         return bool(self.family.module(part))
+
+
+def _cache(part: str, module: str) -> CacheScale | None:
+    """As ModelOpt names the scales of a KV cache: beside the weight that makes keys or values."""
+    return CacheScale(f"{module}.{part}_scale", (), (part,)) if part in ("k", "v") else None
 
 
 def _layer(names: _Names, layer: Layer) -> Iterator[TargetTensor]:

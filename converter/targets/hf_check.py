@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .quant_check import hf_shapes
+
 Shapes = dict[str, tuple[int, ...]]
 Config = Mapping[str, Any]
 
@@ -34,8 +36,10 @@ EXPERTS = {
 KNOWN = PLAIN_ATTENTION | {"deepseek_v3"}
 
 
-def expected_by_file(config: Config, index: Config, files: list[str]) -> dict[str, Shapes]:
-    """File → tensors that must be in it, and their shapes.
+def expected_by_file(
+    config: Config, modelopt: Config, index: Config, files: list[str]
+) -> dict[str, Shapes]:
+    """File → tensors that must be in it, and their shapes; `modelopt`: hf_quant_config.json.
 
     Raises:
         ValueError: index and files do not fit, or a tensor that must be there is nowhere.
@@ -44,7 +48,7 @@ def expected_by_file(config: Config, index: Config, files: list[str]) -> dict[st
     if set(places.values()) != set(files):
         raise ValueError(f"the index names {sorted(set(places.values()))}, there are {files}")
     result: dict[str, Shapes] = {file: {} for file in files}
-    for name, shape in expected_matrices(config).items():
+    for name, shape in hf_shapes(expected_matrices(config), config, modelopt).items():
         if name not in places:
             raise ValueError(f"no file holds {name} {list(shape)}")
         result[places[name]][name] = shape

@@ -47,20 +47,23 @@ def _blocks(rows: int, columns: int) -> Shape:
     return -(-rows // 128), -(-columns // 128)
 
 
-def _pieces(rows: int, columns: int) -> Shape:
-    return rows, columns // 32
+def _pieces(size: int) -> Callable[[int, int], Shape]:
+    return lambda rows, columns: (rows, columns // size)
 
 
 _FP8 = Written("modelopt", "weight_scale", _scalar)
 _BLOCK = Written("fp8", "weight_scale_inv", _blocks)
-_MX = Written("modelopt", "weight_scale", _pieces)
+_MX = Written("modelopt", "weight_scale", _pieces(32))
+_NV = Written("modelopt", "weight_scale", _pieces(16))
 _CHANNEL = Written("compressed-tensors", "weight_scale", _column)
 _TOKEN = Written("modelopt", "weight_scale", _rows)
 
+_USUAL = {"fp8": _FP8, "fp8-row": _CHANNEL, "fp8-block": _BLOCK, "mxfp8": _MX, "nvfp4": _NV}
+
 PROFILES: dict[str, dict[str, Written]] = {
-    "vllm": {"fp8": _FP8, "fp8-row": _CHANNEL, "fp8-block": _BLOCK, "mxfp8": _MX},
-    "sglang": {"fp8": _FP8, "fp8-row": _CHANNEL, "fp8-block": _BLOCK, "mxfp8": _MX},
-    "trtllm": {"fp8": _FP8, "fp8-row": _TOKEN, "fp8-block": _BLOCK, "mxfp8": _MX},
+    "vllm": _USUAL,
+    "sglang": _USUAL,
+    "trtllm": {**_USUAL, "fp8-row": _TOKEN},
     "compressed-tensors": {
         "fp8": Written("compressed-tensors", "weight_scale", _one),
         "fp8-row": _CHANNEL,
