@@ -164,9 +164,7 @@ def convert_checkpoint(
     measure: bool = False,
     progress: Progress = lambda nbytes: None,
 ) -> Report:
-    """Convert a checkpoint into what the recipe's target loads.
-
-    `out` appears whole, with a manifest, or not at all.
+    """Convert a checkpoint; `out` appears whole, with a manifest, or not at all.
 
     Args:
         source: a checkpoint's directory, or a plan.
@@ -200,8 +198,8 @@ def convert_checkpoint(
         for name, values in plan.settings().items():
             write_json(partial / name, values)
         write_json(partial / MANIFEST, _manifest(plan, writer, losses))
-    lost = losses.summary()
-    return Report(out, plan.nbytes, len(plan.tensors), **lost, codes=tally(plan.stored))
+    codes = tally(plan.stored)
+    return Report(out, plan.nbytes, len(plan.tensors), codes=codes, **losses.summary())
 
 
 def _fill(
