@@ -11,7 +11,7 @@
 TensorRT-LLM's `WorkerExtension.update_weights` takes, for each GPU by its UUID, pairs of a name and
 what `torch.multiprocessing.reductions.reduce_tensor` makes of a tensor: a function and arguments
 with which the other process opens the same memory. `None` says that all have come. None of these
-calls was tried against the engine itself; each form is opened by another process in the tests.
+calls was tried against the engine itself. In the tests another process opens TensorRT-LLM's form.
 """
 
 from __future__ import annotations
