@@ -16,10 +16,11 @@ test: setup ## run the tests
 check: ## lint, types and tests
 	scripts/check
 
-bench: setup ## time the kernels, and the drop-in beside Megatron-Core (needs a GPU)
+bench: setup ## time kernels, drop-in and refit beside other ways (needs a GPU)
 	.venv/bin/python -m benchmarks.bench_rank
 	.venv/bin/python -m benchmarks.bench_quant
 	.venv/bin/python -m benchmarks.bench_dropin
+	.venv/bin/python -m benchmarks.bench_refit
 
 clean: ## remove .venv and everything that is generated
 	rm -rf .venv .typecheck build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

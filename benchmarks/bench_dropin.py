@@ -23,8 +23,9 @@ import torch
 
 from fuseport.converter.megatron import DistributedTRTLLMModelWeightsConverter, Parallel
 
-from .bench_rank import LLAMA_70B, MODULES, TP, shard
+from .bench_rank import MODULES, TP, shard
 from .measure import copy_bandwidth, machine, milliseconds
+from .models import LLAMA_70B
 
 Convert = Callable[[], dict[str, torch.Tensor]]
 

@@ -25,8 +25,9 @@ from fuseport.converter.profile import Profile
 from fuseport.kernels.move import GivenScale
 
 from .bench_dropin import megatron_converter, reference
-from .bench_rank import LLAMA_70B, MODULES, TP, shard
+from .bench_rank import MODULES, TP, shard
 from .measure import machine
+from .models import LLAMA_70B
 
 State = dict[str, torch.Tensor]
 # So that what both make is the layers, and nearly nothing else.

@@ -31,8 +31,9 @@ from fuseport.kernels.quant import (
 )
 from fuseport.kernels.reference import fused_copy_ref
 
-from .bench_rank import LLAMA_70B, TP, shard
+from .bench_rank import TP, shard
 from .measure import copy_bandwidth, machine, milliseconds
+from .models import LLAMA_70B
 
 E4M3 = torch.float8_e4m3fn
 # Matrices checked of each set: the reference in plain torch is slow.

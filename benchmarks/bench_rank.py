@@ -23,16 +23,8 @@ from fuseport.kernels.move import GivenScale, Move
 from fuseport.kernels.reference import fused_copy_ref
 
 from .measure import copy_bandwidth, machine, milliseconds
+from .models import LLAMA_70B
 
-LLAMA_70B = ModelSpec(
-    num_layers=80,
-    hidden_size=8192,
-    num_attention_heads=64,
-    num_query_groups=8,
-    kv_channels=128,
-    ffn_hidden_size=28672,
-    vocab_size=128256,
-)
 TP = 8
 MODULES = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
 

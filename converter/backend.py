@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from typing import Protocol
 
 import torch
 
@@ -33,18 +33,55 @@ def choose(backend: str, device: torch.device) -> Run:
     return _triton(device)
 
 
-def preparer(backend: str, device: torch.device) -> Prepare:
-    """A function that makes a batch of moves ready to be run, as often as wanted.
+class Copy(Protocol):
+    """A batch of moves that is ready to be run, as often as wanted."""
+
+    def run(self) -> object:
+        """Run it on the current stream, without waiting."""
+        ...
+
+    def follow(self, moves: Sequence[Move]) -> bool:
+        """Take over moves whose sources alone lie elsewhere; False if it must be made anew."""
+        ...
+
+
+class ReferenceCopy:
+    """`FusedCopy`'s twin in plain torch."""
+
+    def __init__(self, moves: Sequence[Move]) -> None:
+        self.moves = moves
+
+    def run(self) -> None:
+        """Run the moves one after the other."""
+        fused_copy_ref(self.moves)
+
+    def follow(self, moves: Sequence[Move]) -> bool:
+        """Any moves will do."""
+        self.moves = moves
+        return True
+
+
+def copier(backend: str, device: torch.device) -> Callable[[Sequence[Move]], Copy]:
+    """A function that makes a batch of moves ready.
 
     Raises:
         RecipeError: as `choose`.
     """
-    run = choose(backend, device)
-    if run is fused_copy_ref:
-        return lambda moves: partial(fused_copy_ref, moves)
+    if choose(backend, device) is fused_copy_ref:
+        return ReferenceCopy
     from fuseport.kernels.fused_copy import FusedCopy
 
-    return lambda moves: FusedCopy(moves).run
+    return FusedCopy
+
+
+def preparer(backend: str, device: torch.device) -> Prepare:
+    """A function that makes a batch of moves ready, and gives what runs it.
+
+    Raises:
+        RecipeError: as `choose`.
+    """
+    make = copier(backend, device)
+    return lambda moves: make(moves).run
 
 
 def _triton(device: torch.device) -> Run:
@@ -76,7 +113,14 @@ def default_device(device: str) -> torch.device:
     return torch.device(device)
 
 
-def run_all(run: Run, moves: Sequence[Move], count: bool) -> torch.Tensor | None:
-    """Run a batch; the counters come back on the host."""
-    counts = run(moves, count=count)
-    return None if counts is None else counts.cpu()
+def run_all(
+    run: Run, moves: Sequence[Move], measure: bool, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Run a batch; on the host, [moves, 2] each: int64 counters, and fp64 sums of power.
+
+    The sums are those of `FusedCopy.run`, and 0 without `measure`.
+    """
+    power = torch.zeros(len(moves), 2, dtype=torch.float64, device=device)
+    counts = run(moves, count=True, power=power if measure else None)
+    assert counts is not None
+    return counts.cpu(), power.cpu()

@@ -5,13 +5,16 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 
 from .checkpoint import FileImage
 from .errors import RecipeError
 from .fingerprint import Fingerprint, fingerprint
+from .given import Given, StoredConstants, scale_table
 from .model import ModelSpec
 from .plan import Planned, on_meta, storage_key
 from .quantise import build
@@ -19,7 +22,8 @@ from .recipe import Recipe
 from .sources.source import Source, open_source
 from .sources.stored import Piece, Stored
 from .state import check_complete, zero_row
-from .targets.table import TARGETS
+from .stored_codes import Kept, twins_of, without_unused
+from .targets.table import TARGETS, te_table
 from .targets.target import Target, Task, file_images
 
 # The name of the zeros that fill a padded vocabulary, where a source tensor's name is shown.
@@ -37,6 +41,7 @@ class CheckpointPlan:
     stored: Mapping[int, Stored]
     images: Mapping[int, FileImage]
     fingerprint: Fingerprint = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -98,7 +103,11 @@ def plan_checkpoint(
         FuseportError: the source, the facts and the recipe do not go together.
     """
     given = dataclasses.asdict(facts) if isinstance(facts, ModelSpec) else facts
-    opened = source if isinstance(source, Source) else open_source(source, given, recipe.family)
+    opened = (
+        source
+        if isinstance(source, Source)
+        else open_source(source, given, recipe.family, recipe.mtp)
+    )
     seen = fingerprint(opened.origin)
     if isinstance(facts, ModelSpec):
         spec = facts
@@ -113,12 +122,20 @@ def plan_checkpoint(
     piece = Piece((0, 0), tuple(zeros.shape), zeros)
     padding = Stored(PADDING, tuple(zeros.shape), zeros.dtype, (piece,))
     task = Task(model, spec, recipe, twin, origin=opened.handed_on)
-    stored = {**opened.stored, storage_key(twin): padding}
-    return lay_out_plan(opened, task, stored, seen)
+    kept, codes = twins_of(opened.stored)
+    stored = {**opened.stored, **codes, storage_key(twin): padding}
+    constants = StoredConstants(stored)
+    scales = Given(constants, scale_table(recipe, partial(te_table, task, opened.states)))
+    return lay_out_plan(opened, task, stored, seen, scales, kept)
 
 
 def lay_out_plan(
-    source: Source, task: Task, stored: Mapping[int, Stored], seen: Fingerprint
+    source: Source,
+    task: Task,
+    stored: Mapping[int, Stored],
+    seen: Fingerprint,
+    given: Given,
+    kept: Kept = MappingProxyType({}),
 ) -> CheckpointPlan:
     """The tensors of a task, and the files that they go to.
 
@@ -128,12 +145,16 @@ def lay_out_plan(
     """
     target = TARGETS[task.recipe.target]
     try:
-        planned = list(build(list(target.rules(task)), task.recipe, on_meta))
+        planned = list(build(list(target.rules(task)), task.recipe, on_meta, given, kept))
     except ValueError as error:
         raise RecipeError(f"the source's weights cannot be converted: {error}") from error
+    given.check_used(task.recipe)
     tensors, images = file_images(target, planned, task.recipe)
     check_unique(tensors)
-    plan = CheckpointPlan(source, task.spec, task.recipe, tensors, stored, images, seen)
+    used = without_unused(stored, planned, kept)
+    plan = CheckpointPlan(
+        source, task.spec, task.recipe, tensors, used, images, seen, tuple(given.notes)
+    )
     # What a target's settings cannot say is an error before anything is read.
     plan.settings()
     return plan

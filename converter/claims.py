@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import ClassVar
 
 import torch
 
@@ -23,6 +24,8 @@ class Claims:
 
     `ignored` maps a piece of a name to the reason why such a tensor carries no weight.
     """
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = FLOATS
 
     def __init__(self, tensors: Mapping[str, torch.Tensor], ignored: Mapping[str, str]) -> None:
         self._left = {
@@ -48,7 +51,7 @@ class Claims:
             )
         tensor = self._left.pop(found[0])
         _check_shape(found[0], tuple(tensor.shape), shape)
-        _check_dtype(found[0], tensor.dtype)
+        check_dtype(found[0], tensor.dtype, self.dtypes)
         return tensor
 
     def need(self, spellings: Spellings, shape: tuple[int | None, ...]) -> torch.Tensor:
@@ -108,8 +111,15 @@ class PartialClaims(LenientClaims):
         return tensor
 
 
-def _check_dtype(name: str, dtype: torch.dtype) -> None:
-    if dtype not in FLOATS:
+class StoredClaims(Claims):
+    """For weights some of which are the codes of fp8 weights whose scales are known."""
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (*FLOATS, torch.float8_e4m3fn)
+
+
+def check_dtype(name: str, dtype: torch.dtype, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
+    """Raise UnsupportedOptionError for a dtype that is not converted."""
+    if dtype not in dtypes:
         known = ", ".join(str(one).removeprefix("torch.") for one in FLOATS)
         raise UnsupportedOptionError(
             f"{name} has dtype {dtype}, but weights are converted from {known} only; save the "

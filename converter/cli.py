@@ -9,23 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-import yaml
 from rich.console import Console
 
 from . import show
 from .checkpoint_plan import CheckpointPlan, plan_checkpoint
 from .convert import convert_checkpoint
 from .demo import write_demo_checkpoint
-from .errors import FuseportError, RecipeError
+from .errors import FuseportError
 from .forecast import check_destination, forecast
 from .group import Group, joined
-from .hf_family import make_family
 from .limits import Limits, parse_size
+from .option_files import read_facts, read_family, read_scale_option
 from .profile import Profile
-from .recipe import SHARD_SIZE, USUAL_EXCLUDES, Recipe
+from .recipe import MTP, PROFILES, SHARD_SIZE, USUAL_EXCLUDES, Recipe
 from .verify import verify_checkpoint
 
 app = typer.Typer(
@@ -51,12 +50,29 @@ Facts = Annotated[
     typer.Option("--fact", metavar="NAME=VALUE", help="One model fact; may be repeated."),
 ]
 
-Quant = Annotated[
-    str, typer.Option(help="none, fp8, fp8-row, fp8-block or mxfp8; scales from the weights.")
+Quant = Annotated[str, typer.Option(help="none, fp8, fp8-row, fp8-block, mxfp8 or nvfp4.")]
+Reader = Annotated[
+    str, typer.Option(help="Who reads hf: vllm, sglang, trtllm or compressed-tensors.")
 ]
+Mtp = Annotated[str, typer.Option(help="drop or keep layers that predict further tokens.")]
 Exclude = Annotated[
     list[str] | None,
     typer.Option(help="Pattern of modules not to quantise, beside lm_head; may be repeated."),
+]
+Scales = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Given scales: *.json or *.safetensors; or 'source': Transformer Engine's.",
+    ),
+]
+KvCache = Annotated[
+    str, typer.Option(help="none or fp8: keys and values in e4m3, with given scales or 1.0.")
+]
+KeepFirst = Annotated[int, typer.Option(help="First layers that are not quantised.")]
+KeepLast = Annotated[int, typer.Option(help="Last layers that are not quantised.")]
+Measure = Annotated[
+    bool, typer.Option("--measure", help="Sum the error of quantisation up in the same pass.")
 ]
 Assets = Annotated[
     Path | None, typer.Option("--hf-assets", help="Copy the tokenizer's files from here.")
@@ -80,6 +96,12 @@ def convert(
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     quant: Quant = "none",
     exclude: Exclude = None,
+    profile: Reader = PROFILES[0],
+    mtp: Mtp = MTP[0],
+    keep_first: KeepFirst = 0,
+    keep_last: KeepLast = 0,
+    scales: Scales = None,
+    kv_cache: KvCache = "none",
     vocab_size: Annotated[int | None, typer.Option(help="The tokenizer's, unpadded.")] = None,
     parallel_embedding: Annotated[bool, typer.Option(help="Shard the embeddings.")] = False,
     backend: Annotated[str, typer.Option(help="auto, triton or torch.")] = "auto",
@@ -89,45 +111,40 @@ def convert(
     family: FamilyFile = None,
     shard_size: Annotated[int, typer.Option(help="Most bytes of a file, for hf.")] = SHARD_SIZE,
     hf_assets: Assets = None,
+    measure: Measure = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan, print, write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Go on after a kill.")] = False,
     gpu_memory: GpuMemory = "1GiB",
     host_memory: HostMemory = "2GiB",
     check_source: Annotated[bool, typer.Option(help="Check the source's own checksums.")] = True,
-    profile: Annotated[bool, typer.Option("--profile", help="Print each stage's times.")] = False,
+    timings: Annotated[bool, typer.Option("--timings", help="Print each stage's times.")] = False,
 ) -> None:
     """Convert a checkpoint. OUT appears whole or not at all.
 
     Under torchrun the processes share the files out.
     """
-    facts = _facts(spec, fact) | ({} if vocab_size is None else {"vocab_size": vocab_size})
+    facts = read_facts(spec, fact) | ({} if vocab_size is None else {"vocab_size": vocab_size})
     recipe = Recipe(
-        target=target,
-        tp_size=tp,
-        pp_size=pp,
-        moe_ep_size=ep,
-        dtype=dtype,
-        use_parallel_embedding=parallel_embedding,
-        quant=quant,
-        exclude=(*USUAL_EXCLUDES, *(exclude or ())),
-        shard_size=shard_size,
-        family=_table(family),
-    )
+        target=target, tp_size=tp, pp_size=pp, moe_ep_size=ep, dtype=dtype, profile=profile,
+        use_parallel_embedding=parallel_embedding, shard_size=shard_size, quant=quant, mtp=mtp,
+        exclude=(*USUAL_EXCLUDES, *(exclude or ())), keep_first=keep_first, keep_last=keep_last,
+        family=read_family(family), scales=read_scale_option(scales), kv_cache=kv_cache,
+    )  # fmt: skip
     options = Options(
-        backend, device, overwrite, resume, hf_assets, check_source,
+        backend, device, overwrite, resume, hf_assets, measure, check_source,
         Limits(parse_size(gpu_memory), parse_size(host_memory)),
     )  # fmt: skip
     with joined() as group:
         printer = console if group.rank == 0 else Console(quiet=True)
         plan = plan_checkpoint(source, recipe, facts)
-        printer.print(show.plan_table(plan))
+        printer.print(show.plan_table(plan), *show.notes(plan))
         if dry_run:
             check_destination(plan, out, overwrite=overwrite)
             printer.print(show.forecast_text(forecast(plan, options.limits, device, group.size)))
             return
         times = _convert(plan, out, options, group, printer)
-        if profile:
+        if timings:
             printer.print(show.profile_table(times))
 
 
@@ -140,6 +157,7 @@ class Options:
     overwrite: bool
     resume: bool
     assets: Path | None
+    measure: bool
     check_source: bool
     limits: Limits
 
@@ -165,7 +183,7 @@ def inspect(
     family: FamilyFile = None,
 ) -> None:
     """Show the facts, tensors and sizes of a source or of a result."""
-    for part in show.inspection(path, _facts(spec, fact), _table(family)):
+    for part in show.inspection(path, read_facts(spec, fact), read_family(family)):
         console.print(part)
 
 
@@ -208,49 +226,6 @@ def demo(
     inspect(out)
     console.rule(f"fuseport verify {out} --source {source}")
     verify(out, source)
-
-
-def _facts(file: Path | None, pairs: list[str] | None) -> dict[str, Any]:
-    """Facts of a YAML file, then those of the command line."""
-    facts: dict[str, Any] = {}
-    if file is not None:
-        facts |= _read_yaml(file, "--spec")
-    for pair in pairs or []:
-        name, _, text = pair.partition("=")
-        value = _yaml(text, f"--fact {pair!r}")
-        if not name or value is None:
-            raise RecipeError(f"--fact {pair!r}: expected NAME=VALUE")
-        facts[name] = value
-    return facts
-
-
-def _table(file: Path | None) -> dict[str, Any] | None:
-    """The contents of an architecture's table; checked, so that a mistake is named as its own."""
-    if file is None:
-        return None
-    table = _read_yaml(file, "--family")
-    make_family(table, str(file))
-    return table
-
-
-def _read_yaml(file: Path, option: str) -> dict[str, Any]:
-    try:
-        text = file.read_text()
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{option} {file} cannot be read: {error}") from error
-    values = _yaml(text, f"{option} {file}")
-    if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
-        raise RecipeError(f"{option} {file}: expected lines of 'name: value'")
-    return values
-
-
-def _yaml(text: str, what: str) -> Any:
-    try:
-        return yaml.safe_load(text)
-    # Tags and deep nesting make yaml raise nearly anything.
-    except Exception as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{what} cannot be read as YAML: {reason}") from error
 
 
 class _Stopped(BaseException):

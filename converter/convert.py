@@ -15,21 +15,23 @@ from .backend import choose, default_device
 from .checkpoint import MANIFEST, copy_assets, write_json
 from .checkpoint_plan import CheckpointPlan, lay_out_plan, plan_checkpoint
 from .engine import Engine
-from .errors import OutputError, RankError
+from .errors import OutputError, RankError, UnsupportedOptionError
 from .fingerprint import check_unchanged
 from .group import STANDSTILL, Alone, Group, shares
 from .limits import Limits
 from .loads import SLACK
-from .manifest import identity, lost, manifest
+from .manifest import identity, losses_of, manifest
 from .megatron_names import unwrapped
 from .model import ModelSpec
 from .profile import Profile
 from .publish import Partial, keep_apart, publish
 from .recipe import Recipe
+from .report import Report
 from .sources.checksums import Checking, summed
 from .sources.megatron import read_model
 from .sources.source import Source
-from .state import check_complete, weights, zero_row
+from .state import check_complete, given_in_memory, read_stored, weights, zero_row
+from .stored_codes import tally
 from .targets.table import TARGETS
 from .targets.target import Task
 from .windows import windows
@@ -37,20 +39,6 @@ from .writer import FileResult, Writer
 
 Progress = Callable[[int], None]
 Results = dict[str, FileResult]
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a conversion did.
-
-    `saturated` and `nonfinite` count elements by target tensor, where there were any.
-    """
-
-    out: Path
-    nbytes: int
-    tensors: int
-    saturated: Mapping[str, int]
-    nonfinite: Mapping[str, int]
 
 
 @dataclass(frozen=True)
@@ -68,6 +56,7 @@ class Job:
     group: Group = field(default_factory=Alone)
     check_source: bool = True
     sync: bool = True
+    measure: bool = False
 
 
 def convert_checkpoint(
@@ -81,6 +70,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     resume: bool = False,
     assets: Path | None = None,
+    measure: bool = False,
     limits: Limits | None = None,
     profile: Profile | None = None,
     progress: Progress = lambda nbytes: None,
@@ -100,6 +90,7 @@ def convert_checkpoint(
         resume: go on with the finished files of a run that was killed, and keep them if this one
             fails.
         assets: a directory from which the tokenizer's files are copied, for targets that have them.
+        measure: sum the errors of quantised weights up, in the same pass.
         limits: bounds of memory.
         profile: where busy times go.
         progress: called with the number of target bytes done since the last call.
@@ -117,7 +108,7 @@ def convert_checkpoint(
     keep_apart(plan.source.origin, out)
     job = Job(
         backend, device, overwrite, resume, assets, limits or Limits(), profile or Profile(),
-        progress, group or Alone(), check_source,
+        progress, group or Alone(), check_source, measure=measure,
     )  # fmt: skip
     return carry_out(plan, out, job)
 
@@ -165,12 +156,18 @@ def _plan_memory(
     scales: Mapping[str, GivenScale] | None,
 ) -> CheckpointPlan:
     TARGETS[recipe.target].check(spec, recipe)
+    if found := list(read_stored(state_dict)):
+        raise UnsupportedOptionError(
+            f"{found[0]} is an fp8 weight of training, which only convert_state_dict lays anew"
+        )
     tensors = {unwrapped(name): tensor for name, tensor in weights(state_dict).items()}
     model = read_model(tensors, spec)
     check_complete(model, spec)
     device = next(iter(tensors.values())).device
     task = Task(model, spec, recipe, zero_row(model, spec, device), scales)
-    return lay_out_plan(Source(Path("memory"), "state_dict", tensors, {}, {}, {}), task, {}, {})
+    source = Source(Path("memory"), "state_dict", tensors, {}, {}, {})
+    given = given_in_memory(task, device, state_dict)
+    return lay_out_plan(source, task, {}, {}, given)
 
 
 def carry_out(plan: CheckpointPlan, out: Path, job: Job) -> Report:
@@ -185,8 +182,8 @@ def carry_out(plan: CheckpointPlan, out: Path, job: Job) -> Report:
         if (cause := job.group.fail(error)) is not None:
             raise cause from error
         raise
-    counts = lost(results, "saturated"), lost(results, "nonfinite")
-    return Report(Path(out), plan.nbytes, len(plan.tensors), *counts)
+    codes, losses = tally(plan.stored), losses_of(results)
+    return Report(out, plan.nbytes, len(plan.tensors), codes=codes, **losses.summary())
 
 
 def _agree(known: Mapping[str, object], group: Group) -> None:
@@ -220,7 +217,7 @@ def _lead(plan: CheckpointPlan, out: Path, known: Mapping[str, object], job: Job
         for name, values in plan.settings().items():
             write_json(directory.path / name, values)
         ordered = {one.name: results[one.name] for one in plan.images.values()}
-        write_json(directory.path / MANIFEST, manifest(plan.source, known, ordered, directory.path))
+        write_json(directory.path / MANIFEST, manifest(plan, known, ordered, directory.path))
     group.tell("published", {name: asdict(result) for name, result in ordered.items()})
     return ordered
 
@@ -278,7 +275,8 @@ def _fill(
     size = min(job.limits.window(device), _whole(plan))
     engine: Engine | None = None
     try:
-        engine = Engine(device, choose(job.backend, device), size, writer, job.profile)
+        run = choose(job.backend, device)
+        engine = Engine(device, run, size, writer, job.profile, job.measure)
         engine.fill(windows(plan.tensors, plan.stored, size, files))
         return writer.finish(files)
     finally:

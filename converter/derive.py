@@ -11,7 +11,7 @@ import torch
 
 from fuseport.kernels.move import Move
 
-from .backend import Run, run_all
+from .backend import Run
 from .plan import Planned, bind, intervals, storage_key
 from .quantise import on_real
 from .sources.stored import Stored
@@ -22,12 +22,8 @@ BATCH = 256 << 20
 
 def derive(
     batch: list[Planned], stored: Mapping[int, Stored], run: Run, device: torch.device
-) -> tuple[list[torch.Tensor], list[tuple[int, int]]]:
-    """Read what a batch of planned tensors needs, and fill them on `device`.
-
-    Returns:
-        The tensors, and for each (saturated, non-finite) element counts.
-    """
+) -> list[torch.Tensor]:
+    """Read what a batch of planned tensors needs, and fill them on `device`."""
     memory = _load((move.src for one in batch for move in one.moves), stored, device)
     results = [torch.empty_like(planned.dst, device=device) for planned in batch]
     # Where scales land: in tensors of the batch, or (an amax) in scratch memory.
@@ -42,11 +38,8 @@ def derive(
         [_bound(move, dst, memory, place) for move in planned.moves]
         for planned, dst in zip(batch, results, strict=True)
     ]
-    counts = run_all(run, [move for group in moves for move in group], True)
-    assert counts is not None
-    sizes = [len(group) for group in moves]
-    totals = [part.sum(0).tolist() for part in counts.split(sizes)]
-    return results, [(beyond, strange) for beyond, strange in totals]
+    run([move for group in moves for move in group])
+    return results
 
 
 Memory = dict[int, list[tuple[int, torch.Tensor]]]

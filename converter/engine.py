@@ -39,13 +39,14 @@ _UNSETTLED = 64
 class Filled:
     """A converted window: call `ready` before its bytes on the host are read.
 
-    `counts` are int64 [cuts, 2] on the host, once it is ready: saturated, non-finite.
+    `lost` is fp64 [cuts, 4] on the host, once it is ready: saturated, non-finite, and if they are
+    measured signal and noise, by cut.
     """
 
     window: Window
     host: torch.Tensor
     ready: Callable[[], object]
-    counts: torch.Tensor
+    lost: torch.Tensor
 
     def bytes_of(self, run: Run, place: int) -> torch.Tensor:
         """A run's bytes, uint8."""
@@ -68,7 +69,7 @@ class Sink(Protocol):
 class Engine:
     """Carries windows of at most `size` bytes to a sink.
 
-    `run` and `device` say where moves are run.
+    `run` and `device` say where moves are run; `measure` says if quantisation's errors are summed.
     """
 
     device: torch.device
@@ -76,6 +77,7 @@ class Engine:
     size: int
     sink: Sink
     profile: Profile = field(default_factory=Profile)
+    measure: bool = False
 
     def __post_init__(self) -> None:
         self.slabs = Slabs(SLABS, self.size, self.device)
@@ -136,11 +138,16 @@ class Engine:
         self.sink.put(filled, lambda: self.slabs.give(slab))
 
     def _launch(self, window: Window, moves: list[Move], owners: torch.Tensor) -> torch.Tensor:
-        """Run the moves; counts by cut."""
-        counts = self.run(moves, count=True, reduce=reducer(window, self.device))
+        """Run the moves; what was lost, by cut."""
+        power = torch.zeros(len(moves), 2, dtype=torch.float64, device=self.device)
+        counts = self.run(
+            moves, count=True, power=power if self.measure else None,
+            reduce=reducer(window, self.device),
+        )  # fmt: skip
         assert counts is not None
-        total = torch.zeros(len(window.cuts), 2, dtype=torch.int64, device=counts.device)
-        return total.index_add_(0, owners.to(counts.device, non_blocking=True), counts)
+        own = torch.cat([counts.to(power), power], 1)
+        total = torch.zeros(len(window.cuts), 4, dtype=power.dtype, device=self.device)
+        return total.index_add_(0, owners.to(self.device, non_blocking=True), own)
 
     def _on_cpu(self, window: Window, moves: list[Move], owners: torch.Tensor) -> torch.Tensor:
         with self.profile.busy("kernel", window.nbytes):

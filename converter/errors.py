@@ -23,6 +23,10 @@ class FuseportError(Exception):
     """Base of every error about a source, a model, a recipe or an output."""
 
 
+class FuseportWarning(UserWarning):
+    """What a caller should know about a result that is as it was asked for."""
+
+
 class SourceError(FuseportError):
     """A source cannot be read."""
 

@@ -51,6 +51,11 @@ NAMES: dict[str, tuple[str, ...]] = {
     "mlp_bias": ("mlp_bias",),
     "moe_router_linear_bias": ("moe_router_linear_bias",),
     "special": ("special",),
+    "further_layers": ("further_layers",),
+    "moe_router_score_function": ("moe_router_score_function",),
+    "moe_router_num_groups": ("moe_router_num_groups",),
+    "moe_router_group_topk": ("moe_router_group_topk",),
+    "moe_router_topk_scaling_factor": ("moe_router_topk_scaling_factor",),
 }
 
 # Sizes of multi-latent attention. Megatron-LM's arguments hold them for every model, used or not.
@@ -59,7 +64,7 @@ LATENT = ("q_lora_rank", "kv_lora_rank", "qk_head_dim", "qk_pos_emb_head_dim", "
 # The families that targets know.
 MODEL_TYPES = (
     "gpt", "gptnext", "starcoder", "nemotron", "llama", "mistral", "mixtral", "qwen2", "qwen3",
-    "qwen2_moe", "qwen3_moe", "gemma", "falcon", "nemotron_nas",
+    "qwen2_moe", "qwen3_moe", "gemma", "falcon", "nemotron_nas", "deepseek_v3",
 )  # fmt: skip
 
 # A family that the unified checkpoint has no place for.
@@ -69,7 +74,6 @@ OTHER = "other"
 REFUSED = {
     "attention_output_gate": "linear_qkv holds gate rows",
     "moe_mlp_glu_interleave_size": "gate and up rows are interleaved",
-    "multi_latent_attention": "attention has low-rank projections",
     "mtp_num_layers": "the model has multi-token-prediction layers",
     "experimental_attention_variant": "attention is not softmax attention",
     "linear_attention_freq": "attention is not softmax attention",
@@ -81,12 +85,17 @@ REFUSED = {
     "activation_func_clamp_value": "the activation is clamped",
     "glu_linear_offset": "the MLP's ungated half has an offset",
     "moe_router_pre_softmax": "experts' weights do not sum to one",
-    "moe_router_topk_scaling_factor": "experts' weights are scaled",
-    "moe_router_num_groups": "experts are chosen within groups",
+}
+
+# Options that not every target can say → the values with which they change nothing.
+SPECIAL: dict[str, tuple[object, ...]] = {
+    "multi_latent_attention": (None, False),
+    "moe_router_score_function": (None, "softmax"),
+    "moe_router_num_groups": (None, 0, 1),
+    "moe_router_topk_scaling_factor": (None, 1.0),
 }
 
 # Options of which one value is handled.
 ONLY: dict[str, tuple[object, str]] = {
-    "moe_router_score_function": ("softmax", "the router scores experts in another way"),
     "softmax_type": ("vanilla", "attention has sinks"),
 }

@@ -180,6 +180,8 @@ def activation_name(facts: Mapping[str, object]) -> str:
 
 def infer_model_type(facts: Mapping[str, object]) -> str:
     """The family whose target names and config a model takes, when nobody said it."""
+    if facts.get("kv_lora_rank"):
+        return "deepseek_v3"
     if facts.get("num_moe_experts"):
         shared = facts.get("moe_shared_expert_intermediate_size")
         return "qwen2_moe" if shared else "qwen3_moe" if facts.get("qk_layernorm") else "mixtral"

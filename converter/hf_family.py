@@ -37,6 +37,8 @@ GROUPS = {
 MODULES = (
     *GROUPS, "embedding", "final_norm", "input_norm", "mlp_norm", "attention_out_norm",
     "mlp_out_norm", "q_norm", "k_norm", "q_down_norm", "kv_down_norm", "router", "shared_gate",
+    "further.token_norm", "further.hidden_norm", "further.join", "further.norm",
+    "further.embedding", "further.output",
 )  # fmt: skip
 TENSORS = (
     "router_bias", "sinks", "experts.gate_up", "experts.gate_up_bias", "experts.down",
@@ -61,7 +63,7 @@ class Family:
     none. `config` maps a fact to its keys in config.json, `facts` are fixed ones, `defaults` stand
     for keys that config.json leaves out, `written` goes into a config.json made from facts.
     `special` names options that all of its models have and no fact says. `drops_extra_layers` is
-    the key with the number of layers behind the last one that are not converted.
+    the key with the number of layers behind the last one, dropped unless the recipe keeps them.
     """
 
     model_type: str

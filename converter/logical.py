@@ -133,6 +133,23 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Further:
+    """A layer behind the last one, which predicts a further token (DeepSeek).
+
+    `join` [H, 2H] takes the normalised embedding of a token, then the normalised hidden state.
+    `norm` goes before the output; embedding and output [V, H] are copies, or None.
+    """
+
+    layer: Layer
+    token_norm: Norm
+    hidden_norm: Norm
+    join: torch.Tensor
+    norm: Norm
+    embedding: torch.Tensor | None
+    output: torch.Tensor | None
+
+
+@dataclass(frozen=True)
 class Model:
     """A whole model, or one shard of it: embedding [V, H], positions [P, H], output [V, H].
 
@@ -145,3 +162,4 @@ class Model:
     layers: tuple[Layer, ...]
     final_norm: Norm | None
     output: torch.Tensor | None
+    further: tuple[Further, ...] = ()

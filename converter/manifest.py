@@ -12,10 +12,12 @@ import torch
 import xxhash
 
 from .checkpoint import FileImage, file_digest
+from .checkpoint_plan import CheckpointPlan
 from .fingerprint import Fingerprint
+from .losses import Losses
 from .model import ModelSpec
 from .recipe import Recipe
-from .sources.source import Source
+from .stored_codes import tally
 from .writer import FileResult
 
 FORMAT = 1
@@ -45,7 +47,7 @@ def identity(
 
 
 def manifest(
-    source: Source,
+    plan: CheckpointPlan,
     known: Mapping[str, object],
     results: Mapping[str, FileResult],
     directory: Path,
@@ -53,7 +55,7 @@ def manifest(
     """The manifest of a result.
 
     Args:
-        source: where it came from.
+        plan: what was done.
         known: the run's `identity`.
         results: the weights' files by name.
         directory: where the result's files are; those that are no weights are digested here.
@@ -67,22 +69,25 @@ def manifest(
         "format": FORMAT,
         **versions(),
         "source": {
-            "path": source.origin.name, "kind": source.kind, "fingerprint": known["source"],
+            "path": plan.source.origin.name, "kind": plan.source.kind,
+            "fingerprint": known["source"],
         },
         "recipe": known["recipe"],
         "spec": known["spec"],
-        "ignored": dict(source.ignored),
-        "saturated": lost(results, "saturated"),
-        "nonfinite": lost(results, "nonfinite"),
+        "ignored": dict(plan.source.ignored),
+        **losses_of(results).summary(),
+        "codes": tally(plan.stored),
+        "notes": list(plan.notes),
         "files": files,
         "tensors": {name: result.tensors for name, result in results.items()},
     }  # fmt: skip
 
 
-def lost(results: Mapping[str, FileResult], what: str) -> dict[str, int]:
-    """Elements that saturated, or are not finite, by file and tensor."""
-    return {
-        f"{Path(file).stem}/{name}": count
-        for file, result in results.items()
-        for name, count in getattr(result, what).items()
-    }
+def losses_of(results: Mapping[str, FileResult]) -> Losses:
+    """What was lost, by file and tensor."""
+    losses = Losses()
+    for file, result in results.items():
+        for name, (beyond, strange, signal, noise) in result.lost.items():
+            counts = int(beyond), int(strange)
+            losses.add(f"{Path(file).stem}/{name}", counts, (signal, noise))
+    return losses

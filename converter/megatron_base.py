@@ -19,7 +19,7 @@ from .recipe import DTYPES, Recipe
 from .sources.megatron import read_model
 from .state import zero_row
 from .targets.parts import TargetTensor
-from .targets.trtllm import TrtllmRules
+from .targets.trtllm import TrtllmRules, refuse_special
 
 # The reference's activations that have a gate.
 GATED = ("swiglu", "geglu", "fast-swiglu", "fast-geglu")
@@ -66,7 +66,7 @@ class WeightsConverter:
         """The whole model's facts. Biases and norms are as the state dict has them."""
         config = vars(self.transformer_config)
         gated = self.activation in GATED or bool(config.get("gated_linear_unit"))
-        return ModelSpec.from_facts(
+        spec = ModelSpec.from_facts(
             {key: value for key, value in config.items() if key != "activation_func"},
             model_type="nemotron_nas" if is_nemotron_nas(conversion) else "llama",
             num_query_groups=self.num_kv_heads,
@@ -80,6 +80,8 @@ class WeightsConverter:
             share_embeddings_and_output_weights=False,
             vocab_size=None,
         )
+        refuse_special(spec)
+        return spec
 
     def recipe(self, **sizes: Any) -> Recipe:
         """The recipe for this converter's dtype."""

@@ -11,6 +11,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from . import reading
 from .blocks import Block, read_blocks
 from .errors import ModelError, UnsupportedOptionError
 from .fact_names import ACTIVATIONS, LATENT, MODEL_TYPES, NAMES, ONLY, OTHER, REFUSED
@@ -20,13 +21,10 @@ from .facts import (
     POSITIVE,
     SIZE,
     SIZE_OR_NONE,
-    activation_name,
-    as_bools,
+    Kind,
     check_names,
     first,
-    flag,
     infer_model_type,
-    layer_pattern,
     loose,
     need,
     one_of,
@@ -34,6 +32,7 @@ from .facts import (
     refuse,
     tuple_of,
 )
+from .yarn import Yarn
 
 # What is read beside the fields themselves.
 PATTERNS = ("moe_layer_freq", "heterogeneous_layers_config_encoded_json")
@@ -49,8 +48,10 @@ class ModelSpec:
     does not hold all. `rope_scaling_factor` is Llama 3.1's, `seq_len_interpolation_factor` a linear
     one; `None` is no scaling. `blocks` describes each layer of a heterogeneous model.
 
-    From a Hugging Face config come multi-latent attention's sizes (0: none) and `special`: options
-    that no fact says, refused by a target that does not take that config over.
+    `further_layers` stand behind the last one and predict further tokens.
+
+    Multi-latent attention's sizes are 0 where there is none. `special` names options that not every
+    target's config can say; such a target refuses the model by them.
     """
 
     num_layers: int
@@ -86,11 +87,17 @@ class ModelSpec:
     attention_out_bias: bool = False
     mlp_bias: bool = False
     moe_router_linear_bias: bool = False
+    moe_router_score_function: str = "softmax"
+    moe_router_num_groups: int = 0
+    moe_router_group_topk: int = 0
+    moe_router_topk_scaling_factor: float = 1.0
+    yarn: Yarn | None = None
     q_lora_rank: int = 0
     kv_lora_rank: int = 0
     qk_head_dim: int = 0
     qk_pos_emb_head_dim: int = 0
     v_head_dim: int = 0
+    further_layers: int = 0
     special: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -150,7 +157,8 @@ class ModelSpec:
         """True if layer `layer` (counted from 0 over the whole model) has experts."""
         if not self.num_moe_experts:
             return False
-        return self.moe_layers[layer] if self.moe_layers else True
+        # Layers behind the last one are like it.
+        return self.moe_layers[min(layer, self.num_layers - 1)] if self.moe_layers else True
 
     def block(self, layer: int) -> Block:
         """What layer `layer` holds; the same for every layer unless `blocks` says otherwise."""
@@ -173,8 +181,9 @@ class ModelSpec:
         refuse(merged)
         values = {field: first(merged, names) for field, names in NAMES.items()}
         values = {field: value for field, value in values.items() if value is not None}
-        values |= _heads(merged) | _activation(merged) | _experts(merged) | _tied(merged)
-        values |= _rope_scaling(merged) | _latent(merged)
+        for part in PARTS:
+            values |= part(merged)
+        values["special"] = reading.special(merged, values)
         values |= {"num_layers": need(merged, "num_layers", LAYERS), "blocks": read_blocks(merged)}
         # What follows from one of the source's facts gives way to what the user says.
         values |= {name: given[name] for name in (*NAMES, *LATENT) if name in given}
@@ -182,6 +191,22 @@ class ModelSpec:
             values["model_type"] = infer_model_type(values)
         typed = {name: loose(KINDS[name], value) for name, value in values.items()}
         return cls(**typed)  # type: ignore[arg-type]
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, object]) -> ModelSpec:
+        """What `dataclasses.asdict` and a JSON file have made of one.
+
+        Raises:
+            KeyError, TypeError, ValueError, ModelError: it is something else.
+        """
+        facts = dict(values)
+        for name in ("moe_layers", "special", "blocks"):
+            if not isinstance(facts[name], list):
+                raise ValueError(f"{name} makes no sense")
+            facts[name] = tuple(facts[name])  # type: ignore[arg-type]
+        facts["blocks"] = tuple(Block(**block) for block in facts["blocks"])  # type: ignore[attr-defined]
+        facts["yarn"] = None if facts["yarn"] is None else Yarn(**facts["yarn"])  # type: ignore[arg-type]
+        return cls(**facts)  # type: ignore[arg-type]
 
     def replace(self, **changes: object) -> ModelSpec:
         """A copy with some facts changed."""
@@ -223,78 +248,35 @@ KINDS = {
     "attention_out_bias": FLAG,
     "mlp_bias": FLAG,
     "moe_router_linear_bias": FLAG,
+    "moe_router_score_function": one_of(("softmax", "sigmoid")),
+    "moe_router_num_groups": SIZE_OR_NONE,
+    "moe_router_group_topk": SIZE_OR_NONE,
+    "moe_router_topk_scaling_factor": POSITIVE,
+    "yarn": optional(Kind("YaRN's numbers", lambda value: isinstance(value, Yarn))),
     "q_lora_rank": SIZE_OR_NONE,
     "kv_lora_rank": SIZE_OR_NONE,
     "qk_head_dim": SIZE_OR_NONE,
     "qk_pos_emb_head_dim": SIZE_OR_NONE,
     "v_head_dim": SIZE_OR_NONE,
+    "further_layers": SIZE_OR_NONE,
     "special": tuple_of(str, "a list of options' names"),
 }
 
 # The names of facts that a user may give. How many experts a shard holds follows from its place.
 GIVEN = (
-    *(name for name in KINDS if name not in ("num_local_experts", "special")),
+    *(
+        name
+        for name in KINDS
+        if name not in ("num_local_experts", "special", "yarn", "further_layers")
+    ),
     *PATTERNS,
+    "multi_latent_attention",
     *REFUSED,
     *ONLY,
 )
 
-
-def _heads(facts: Mapping[str, object]) -> dict[str, object]:
-    heads = need(facts, "num_attention_heads", SIZE)
-    hidden = need(facts, "hidden_size", SIZE)
-    groups = first(facts, NAMES["num_query_groups"])
-    if groups is None or flag(facts, ("group_query_attention",)) is False:
-        groups = 1 if flag(facts, ("multi_query_mode",)) else heads
-    ffn = first(facts, NAMES["ffn_hidden_size"]) or 4 * hidden
-    channels = first(facts, NAMES["kv_channels"])
-    channels = hidden // heads if channels is None else channels
-    return {"num_query_groups": groups, "kv_channels": channels, "ffn_hidden_size": ffn}
-
-
-def _activation(facts: Mapping[str, object]) -> dict[str, object]:
-    """Megatron's default normalisation and activation are LayerNorm and gelu."""
-    gated = flag(facts, NAMES["gated_linear_unit"]) or flag(facts, ("quick_geglu",)) or False
-    normalization = first(facts, NAMES["normalization"]) or "LayerNorm"
-    position = first(facts, NAMES["position_embedding_type"]) or "learned_absolute"
-    return {
-        "activation_func": activation_name(facts),
-        "gated_linear_unit": gated,
-        "normalization": normalization,
-        "position_embedding_type": position,
-    }
-
-
-def _experts(facts: Mapping[str, object]) -> dict[str, object]:
-    given = facts.get("moe_layers")
-    chosen = as_bools(given) if given else ()
-    experts = first(facts, NAMES["num_moe_experts"]) or 0
-    SIZE_OR_NONE.check("num_moe_experts", experts)
-    if not experts:
-        return {"num_moe_experts": 0}
-    ffn = first(facts, NAMES["moe_ffn_hidden_size"]) or _heads(facts)["ffn_hidden_size"]
-    layers = layer_pattern(facts.get("moe_layer_freq", 1), need(facts, "num_layers", LAYERS))
-    topk = first(facts, NAMES["moe_router_topk"])
-    return {
-        "moe_ffn_hidden_size": ffn,
-        "moe_layers": chosen or layers,
-        # Megatron's default.
-        "moe_router_topk": 2 if topk is None else topk,
-    }
-
-
-def _rope_scaling(facts: Mapping[str, object]) -> dict[str, object]:
-    """Llama 3.1's scaling; Megatron keeps a factor (8 by default) whether it is used or not."""
-    factor = first(facts, NAMES["rope_scaling_factor"])
-    used = flag(facts, ("use_rope_scaling", "rope_scaling"))
-    return {"rope_scaling_factor": (8.0 if factor is None else factor) if used else None}
-
-
-def _latent(facts: Mapping[str, object]) -> dict[str, object]:
-    used = "multi_latent_attention" in (facts.get("special") or ())  # type: ignore[operator]
-    return {name: facts[name] for name in LATENT if used and facts.get(name) is not None}
-
-
-def _tied(facts: Mapping[str, object]) -> dict[str, object]:
-    untied = flag(facts, ("untie_embeddings_and_output_weights",))
-    return {} if untied is None else {"share_embeddings_and_output_weights": not untied}
+# What is read from several names together, in this order.
+PARTS = (
+    reading.heads, reading.activation, reading.experts, reading.tied, reading.rope_scaling,
+    reading.latent, reading.router, reading.positions,
+)  # fmt: skip

@@ -115,16 +115,27 @@ def batches(plan: Iterable[Planned], limit: int) -> Iterator[list[Planned]]:
 
     A group stays together, however large it is.
     """
-    tensors = list(plan)
-    last = {planned.group: index for index, planned in enumerate(tensors) if planned.group}
     batch: list[Planned] = []
-    size, held = 0, -1
-    for index, planned in enumerate(tensors):
-        if batch and index > held and size + planned.nbytes > limit:
+    size = 0
+    for unit in _units(list(plan)):
+        nbytes = sum(planned.nbytes for planned in unit)
+        if batch and size + nbytes > limit:
             yield batch
             batch, size = [], 0
-        batch.append(planned)
-        size += planned.nbytes
-        held = max(held, last.get(planned.group, -1))
+        batch += unit
+        size += nbytes
     if batch:
         yield batch
+
+
+def _units(tensors: list[Planned]) -> Iterator[list[Planned]]:
+    """Tensors by themselves, and runs of tensors in which groups begin and end."""
+    last = {planned.group: index for index, planned in enumerate(tensors) if planned.group}
+    unit: list[Planned] = []
+    end = 0
+    for index, planned in enumerate(tensors):
+        unit.append(planned)
+        end = max(end, last.get(planned.group, index))
+        if index == end:
+            yield unit
+            unit, end = [], index + 1

@@ -1,111 +1,87 @@
-"""Which weights are quantised, how a target stores the codes and scales, and which share a scale.
-
-`FORMATS` is the table: target and `Recipe.quant` → the scheme and its scales' name and shape.
-Sources: `targets.py`'s consumers as their loaders read them: TensorRT-LLM's unified checkpoint
-(`per_channel_scale`), ModelOpt's FP8 and MXFP8 (`weight_scale`), compressed-tensors
-(`weight_scale` [out, 1]) and the fp8 block format (`weight_scale_inv`, which is a dequant_scale).
-"""
+"""Which weights are quantised, and which share a scale; `formats` says how they are stored."""
 
 from __future__ import annotations
 
 import dataclasses
 import fnmatch
-import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from fuseport.kernels.move import Move
-from fuseport.kernels.quant import BlockScale, GivenScale, MxScale, RowScale, Scheme, TensorScale
+from fuseport.kernels.quant import GivenScale, Scheme
 
-from .errors import RecipeError
-from .layout import Shape, pairs, shape_of
-from .plan import Allocate, Planned, plain
+from .errors import RecipeError, ScaleError
+from .formats import Format, Place, format_of
+from .given import Given, GroupScales, cache_scales, group_scales
+from .layout import pairs, shape_of
+from .plan import Allocate, Planned, on_meta, plain
 from .recipe import USUAL_EXCLUDES, Recipe
+from .stored_codes import Codes, Kept, same_scheme
 from .targets.parts import TargetTensor
 
-# (a matrix's own scales, its group's amax, its columns, a move's first row) → how the move scales.
-Make = Callable[[torch.Tensor, torch.Tensor, int, int], Scheme]
 
-
-@dataclass(frozen=True)
-class Format:
-    """How scales are stored: `{module}.{suffix}` of `shape(rows, columns)`, after any experts."""
-
-    suffix: str
-    shape: Callable[[int, int], Shape]
-    dtype: torch.dtype
-    make: Make
-
-
-def _tensor(scale: torch.Tensor, amax: torch.Tensor, columns: int, first_row: int) -> Scheme:
-    return TensorScale(scale.view(1), amax)
-
-
-def _row(scale: torch.Tensor, amax: torch.Tensor, columns: int, first_row: int) -> Scheme:
-    return RowScale(scale.view(-1), columns, first_row)
-
-
-def _block(scale: torch.Tensor, amax: torch.Tensor, columns: int, first_row: int) -> Scheme:
-    return BlockScale(scale, columns, first_row)
-
-
-def _mx(scale: torch.Tensor, amax: torch.Tensor, columns: int, first_row: int) -> Scheme:
-    return MxScale(scale, columns, first_row)
-
-
-def _blocks(rows: int, columns: int) -> Shape:
-    return -(-rows // 128), -(-columns // 128)
-
-
-_FP32, _E8M0 = torch.float32, torch.uint8
-FORMATS: dict[tuple[str, str], Format] = {
-    ("trtllm", "fp8-row"): Format("per_channel_scale", lambda rows, _: (rows,), _FP32, _row),
-    ("hf", "fp8"): Format("weight_scale", lambda *_: (), _FP32, _tensor),
-    ("hf", "fp8-row"): Format("weight_scale", lambda rows, _: (rows, 1), _FP32, _row),
-    ("hf", "fp8-block"): Format("weight_scale_inv", _blocks, _FP32, _block),
-    ("hf", "mxfp8"): Format("weight_scale", lambda rows, cols: (rows, cols // 32), _E8M0, _mx),
-}
-
-
-def format_of(recipe: Recipe) -> Format | None:
-    """The recipe's format; None if nothing is quantised.
-
-    Raises:
-        RecipeError: the target cannot hold the scheme.
-    """
-    if recipe.quant == "none":
-        return None
-    found = FORMATS.get((recipe.target, recipe.quant))
-    if found is None:
-        fits = ", ".join(quant for target, quant in FORMATS if target == recipe.target)
-        raise RecipeError(
-            f"target {recipe.target!r} takes no weights quantised as {recipe.quant!r} that are "
-            f"made from weights alone; choose one of: none, {fits}"
-        )
-    return found
-
-
-def build(targets: Sequence[TargetTensor], recipe: Recipe, allocate: Allocate) -> Iterator[Planned]:
+def build(
+    targets: Sequence[TargetTensor],
+    recipe: Recipe,
+    allocate: Allocate,
+    given: Given,
+    kept: Kept = MappingProxyType({}),
+) -> Iterator[Planned]:
     """Every target tensor with its moves; after a quantised weight, its scales.
 
-    A scale that several weights share, on all ranks, is found over all of them.
+    A scale that several weights share, on all ranks, is found over all of them. Weights of the
+    source that are quantised in the same way (`kept`) go over as they are.
 
     Raises:
         RecipeError: the target cannot hold the scheme, a weight's rows do not fit it, or a
-            pattern of `recipe.exclude` matches nothing.
+            pattern of `recipe.exclude` matches nothing; or there is no cache of keys and values.
+        ScaleError: a scale that is needed was not given.
     """
     chosen = format_of(recipe)
-    excluded = _excluded_groups(targets, recipe) if chosen else set()
-    amaxes: dict[tuple[str, int], torch.Tensor] = {}
+    scales = group_scales(to_quantise(targets, recipe), chosen, given) if chosen else {}
+    weights = _Weights(chosen, recipe.quant, allocate, given, scales, kept) if chosen else None
+    caches = cache_scales(targets, given) if recipe.kv_cache == "fp8" else {}
     for target in targets:
-        linear = bool(target.group) and target.quant is None
-        if chosen is None or not linear or target.group in excluded:
-            yield plain(target, allocate)
+        if weights is not None and target.quant is None and target.group in weights.scales:
+            yield from weights.quantised(target)
         else:
-            yield from _quantised(target, chosen, allocate, amaxes)
+            yield plain(target, allocate)
+        if target.cache is not None and target.module in caches:
+            name, shape = target.cache.name, target.cache.shape
+            yield given.tensor(target, name, shape, caches[target.module], allocate)
+
+
+def to_quantise(targets: Sequence[TargetTensor], recipe: Recipe) -> list[TargetTensor]:
+    """The linears that a recipe quantises with scales of its own.
+
+    Raises:
+        RecipeError: the target cannot hold the scheme, or options name no layers or modules.
+    """
+    if format_of(recipe) is None:
+        return []
+    stays = _excluded_groups(targets, recipe) | _kept_groups(targets, recipe)
+    return [one for one in targets if one.group and not one.quant and one.group not in stays]
+
+
+def _kept_groups(targets: Sequence[TargetTensor], recipe: Recipe) -> set[str]:
+    """The groups of the first and last layers that stay as they are.
+
+    Raises:
+        RecipeError: these are all layers.
+    """
+    count = 1 + max(target.layer for target in targets)
+    last = count - recipe.keep_last
+    if recipe.keep_first >= last and count:
+        raise RecipeError(
+            f"keep_first = {recipe.keep_first} and keep_last = {recipe.keep_last} leave none of "
+            f"{count} layers to quantise; choose smaller ones"
+        )
+    kept = (one for one in targets if 0 <= one.layer < recipe.keep_first or one.layer >= last)
+    return {one.group for one in kept} - {""}
 
 
 def _excluded_groups(targets: Sequence[TargetTensor], recipe: Recipe) -> set[str]:
@@ -128,34 +104,130 @@ def _excluded_groups(targets: Sequence[TargetTensor], recipe: Recipe) -> set[str
     return found
 
 
-def _quantised(
-    target: TargetTensor,
-    chosen: Format,
-    allocate: Allocate,
-    amaxes: dict[tuple[str, int], torch.Tensor],
-) -> Iterator[Planned]:
-    *experts, rows, columns = shape_of(target.layout)
-    codes = allocate((*experts, rows, columns), dtype=torch.float8_e4m3fn)
-    shape = chosen.shape(rows, columns)
-    scales = allocate((*experts, *shape), dtype=chosen.dtype)
-    per_expert = scales.view(math.prod(experts), *shape)
+@dataclass(frozen=True)
+class _Weights:
+    """Plans quantised weights; `amaxes` are the groups' own, by expert."""
 
-    def scheme(view: torch.Tensor) -> Scheme:
-        row = (view.storage_offset() - codes.storage_offset()) // columns
-        expert, first_row = divmod(row, rows)
-        key = target.group, target.first_expert + expert
-        if key not in amaxes:
-            amaxes[key] = allocate((1,), dtype=torch.float32)
+    chosen: Format
+    quant: str
+    allocate: Allocate
+    given: Given
+    scales: Mapping[str, GroupScales]
+    kept: Kept
+    amaxes: dict[tuple[str, int], torch.Tensor] = field(default_factory=dict)
+
+    def quantised(self, target: TargetTensor) -> Iterator[Planned]:
+        """A weight's codes and scales."""
+        scales = self.scales[target.group]
+        module = target.name.rpartition(".")[0]
+        relaid = self.given.relaid.get((target.rank, target.name))
+        source = same_scheme(target.layout, self.quant, self.kept)
+        if source is not None:
+            yield from self._as_it_is(target, module, source, scales)
+        elif relaid is not None:
+            yield from self._relaid(target, module, relaid, scales)
+        elif scales.weight is None:
+            yield from self._computed(target, module)
+        else:
+            yield from self._with_given(target, module, scales)
+        if scales.input is not None and self.chosen.input is not None:
+            name = f"{module}.{self.chosen.input.suffix}"
+            shape = self.chosen.input.shape(*shape_of(target.layout)[-2:])
+            yield self.given.tensor(target, name, shape, scales.input, self.allocate)
+
+    def _relaid(
+        self, target: TargetTensor, module: str, relaid: torch.Tensor, scales: GroupScales
+    ) -> Iterator[Planned]:
+        """Codes and scales as the source has them."""
+        _check_not_given(target, scales)
+        yield plain(replace(target, dtype=self.chosen.codes), self.allocate)
+        kind = self.chosen.scale
+        *experts, rows, columns = shape_of(target.layout)
+        dst = self.allocate((*experts, *kind.shape(rows, columns)), dtype=kind.dtype)
+        move = Move(dst.view(-1), relaid.view(-1))
+        yield Planned(target.rank, f"{module}.{kind.suffix}", dst, (move,))
+
+    def _as_it_is(
+        self, target: TargetTensor, module: str, source: Codes, scales: GroupScales
+    ) -> Iterator[Planned]:
+        """One whole weight's codes and scales, under the target's names."""
+        _check_not_given(target, scales)
+        kind = self.chosen.scale
+        codes = self.allocate(shape_of(target.layout), dtype=source.codes.dtype)
+        own = self.allocate(kind.shape(*codes.shape), dtype=kind.dtype)
+        moved = Move(own.view(source.scales.shape), source.scales)
+        move = Move(codes, source.codes)
+        yield Planned(target.rank, target.name, codes, (move,), target.group)
+        yield Planned(target.rank, f"{module}.{kind.suffix}", own, (moved,), target.group)
+
+    def _with_given(
+        self, target: TargetTensor, module: str, scales: GroupScales
+    ) -> Iterator[Planned]:
+        yield plain(replace(target, dtype=self.chosen.codes, quant=scales.scheme), self.allocate)
+        *experts, rows, columns = shape_of(target.layout)
+        name = f"{module}.{self.chosen.scale.suffix}"
+        shape = (*experts, *self.chosen.scale.shape(rows, columns))
+        assert scales.weight is not None
+        yield self.given.tensor(target, name, shape, scales.weight, self.allocate)
+
+    def _computed(self, target: TargetTensor, module: str) -> Iterator[Planned]:
+        chosen = self.chosen
+        *experts, rows, columns = shape_of(target.layout)
+        shape = *experts, rows, columns // chosen.elements_per_code
+        codes = self.allocate(shape, dtype=chosen.codes)
+        kinds = [kind for kind in (chosen.scale, chosen.second) if kind is not None]
+        scales = [
+            self.allocate((*experts, *kind.shape(rows, columns)), dtype=kind.dtype)
+            for kind in kinds
+        ]
+
+        def move(elements: torch.Tensor, source: torch.Tensor) -> Move:
+            row = int(elements.storage_offset()) // columns
+            expert, first_row = divmod(row, rows)
+            own = [_of_expert(each, expert, len(experts)) for each in scales]
+            amax = self._amax(target, expert)
+            quant = chosen.make(Place(own[0], own[-1], amax, columns, first_row))
+            return Move(_of_codes(elements, codes, chosen), source, target.shift, quant)
+
+        elements = on_meta((*experts, rows, columns), dtype=chosen.codes)
         try:
-            return chosen.make(per_expert[expert], amaxes[key], columns, int(first_row))
+            moves = tuple(move(d, s) for d, s in pairs(elements, target.layout) if d.numel())
         except ValueError as error:
             raise RecipeError(f"{target.name}: {error}; exclude it with --exclude") from error
+        yield Planned(target.rank, target.name, codes, moves, target.group)
+        for kind, each in zip(kinds, scales, strict=True):
+            yield Planned(target.rank, f"{module}.{kind.suffix}", each, (), target.group)
 
-    found = [(d, s) for d, s in pairs(codes, target.layout) if d.numel()]
-    moves = tuple(Move(d, s, target.shift, scheme(d)) for d, s in found)
-    module, _, _ = target.name.rpartition(".")
-    yield Planned(target.rank, target.name, codes, moves, target.group)
-    yield Planned(target.rank, f"{module}.{chosen.suffix}", scales, (), target.group)
+    def _amax(self, target: TargetTensor, expert: int) -> torch.Tensor:
+        key = target.group, target.first_expert + expert
+        if key not in self.amaxes:
+            self.amaxes[key] = self.allocate((1,), dtype=torch.float32)
+        return self.amaxes[key]
+
+
+def _check_not_given(target: TargetTensor, scales: GroupScales) -> None:
+    if scales.weight is not None:
+        raise ScaleError(
+            f"a weight scale of {target.module} is given, but the source stores the weight in fp8 "
+            f"with a scale of its own; leave it out"
+        )
+
+
+def _of_expert(scales: torch.Tensor, expert: int, axes: int) -> torch.Tensor:
+    """One expert's scales, of a tensor whose first axes (one, or none) count the experts."""
+    return scales[expert] if axes else scales
+
+
+def _of_codes(view: torch.Tensor, codes: torch.Tensor, chosen: Format) -> torch.Tensor:
+    """A contiguous view of a matrix's elements, as the view of the codes that hold them."""
+    each = chosen.elements_per_code
+    *outer, last = view.shape
+    *strides, _ = view.stride()
+    return codes.as_strided(
+        (*outer, last // each),
+        (*(stride // each for stride in strides), 1),
+        codes.storage_offset() + view.storage_offset() // each,
+    )
 
 
 def on_real(quant: Scheme | None, place: Callable[[torch.Tensor], torch.Tensor]) -> Scheme | None:
@@ -163,8 +235,8 @@ def on_real(quant: Scheme | None, place: Callable[[torch.Tensor], torch.Tensor])
     if quant is None or isinstance(quant, GivenScale):
         return quant
     changes: dict[str, Any] = {}
-    for field in dataclasses.fields(quant):
-        value = getattr(quant, field.name)
+    for one in dataclasses.fields(quant):
+        value = getattr(quant, one.name)
         if isinstance(value, torch.Tensor):
-            changes[field.name] = place(value)
-    return dataclasses.replace(quant, **changes)
+            changes[one.name] = place(value)
+    return replace(quant, **changes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +10,7 @@ import torch
 from .errors import RecipeError
 from .hf_family import Table, make_family
 from .model import ModelSpec
+from .scales import table_of
 
 DTYPES = {
     "bfloat16": torch.bfloat16,
@@ -18,7 +20,14 @@ DTYPES = {
 TARGETS = ("trtllm", "hf")
 # Bytes of a Hugging Face file: what the Hub's own tools use.
 SHARD_SIZE = 5_000_000_000
-QUANTS = ("none", "fp8", "fp8-row", "fp8-block", "mxfp8")
+# Who is to read a Hugging Face result: see targets/profiles.py.
+PROFILES = ("vllm", "sglang", "trtllm", "compressed-tensors")
+# What becomes of layers that predict further tokens.
+MTP = ("drop", "keep")
+QUANTS = ("none", "fp8", "fp8-row", "fp8-block", "mxfp8", "nvfp4")
+CACHES = ("none", "fp8")
+# Recipe.scales: those that the source itself holds.
+FROM_SOURCE = "source"
 # What engines keep in the model's own dtype as a rule.
 USUAL_EXCLUDES = ("lm_head",)
 
@@ -33,15 +42,23 @@ class Recipe:
 
     For target "hf", `shard_size` is the most bytes of tensors in one file, and `family` the
     contents of a table for an architecture that the package has none for
-    (docs/adding-an-architecture.md).
+    (docs/adding-an-architecture.md). `profile` is who reads the result, where engines differ in how
+    they are told of quantised weights. `mtp` says if layers that predict further tokens are kept.
 
     `quant` says how linear weights are quantised, with scales computed from the weights: "fp8" (one
-    scale a tensor), "fp8-row", "fp8-block" (128 × 128), "mxfp8" (1 × 32). `exclude` are patterns
-    (`*`, `?`) of modules, by the target's names with layers numbered in the whole model, whose
-    weights stay as they are; with one of a fused group the whole group does.
+    scale a tensor), "fp8-row", "fp8-block" (128 × 128), "mxfp8" (1 × 32), "nvfp4" (1 × 16).
+    `exclude` are patterns (`*`, `?`) of modules, by the target's names with layers numbered in the
+    whole model, whose weights stay as they are; with one of a fused group the whole group does.
+
+    The first `keep_first` and the last `keep_last` layers stay as they are, too. `kv_cache` "fp8"
+    says that engines keep keys and values in e4m3, with given scales or 1.0.
+
+    `scales` are given scales, as a JSON file of them holds them (docs/scales.md), or "source" for
+    those that Transformer Engine left in a Megatron checkpoint.
 
     Raises:
         RecipeError: a size is not positive, or the target or dtype is not known.
+        ScaleError: `scales` are no such table.
     """
 
     target: str = "trtllm"
@@ -53,15 +70,25 @@ class Recipe:
     gpus_per_node: int = 8
     shard_size: int = SHARD_SIZE
     family: Table | None = None
+    profile: str = PROFILES[0]
+    mtp: str = MTP[0]
     quant: str = "none"
     exclude: tuple[str, ...] = USUAL_EXCLUDES
+    scales: Mapping[str, Mapping[str, float]] | str | None = None
+    keep_first: int = 0
+    keep_last: int = 0
+    kv_cache: str = "none"
 
     def __post_init__(self) -> None:
         for name in ("tp_size", "pp_size", "moe_ep_size", "gpus_per_node", "shard_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
                 raise RecipeError(f"{name} must be a whole number of at least 1, found {value!r}")
-        choices = (("dtype", tuple(DTYPES)), ("target", TARGETS), ("quant", QUANTS))
+        self._check_kept()
+        choices = (
+            ("dtype", tuple(DTYPES)), ("target", TARGETS), ("quant", QUANTS), ("profile", PROFILES),
+            ("mtp", MTP), ("kv_cache", CACHES),
+        )  # fmt: skip
         for name, known in choices:
             if getattr(self, name) not in known:
                 raise RecipeError(
@@ -73,8 +100,18 @@ class Recipe:
                 f"{self.use_parallel_embedding!r}"
             )
         object.__setattr__(self, "exclude", _patterns(self.exclude))
+        if self.scales is not None and self.scales != FROM_SOURCE:
+            table_of(self.scales, "--scales")
         if self.family is not None:
             make_family(self.family, "of the recipe")
+
+    def _check_kept(self) -> None:
+        for name in ("keep_first", "keep_last"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 0:
+                raise RecipeError(f"{name} must be a whole number of layers, found {value!r}")
+            if value and self.quant == "none":
+                raise RecipeError(f"{name} = {value}, but nothing is quantised; give a quant")
 
     @property
     def torch_dtype(self) -> torch.dtype:

@@ -78,15 +78,24 @@ class ScaleTable:
         }
         self._matched: set[tuple[str, str]] = set()
 
+    @property
+    def entries(self) -> dict[str, dict[str, float]]:
+        """All scales by name or pattern and kind, as JSON has them."""
+        found: dict[str, dict[str, float]] = {}
+        for (name, kind), value in self._entries.items():
+            found.setdefault(name, {})[kind] = value
+        return found
+
     def module(self, name: str) -> ModuleScales:
         """The scales for the module called `name`.
 
         Raises:
             ScaleError: two patterns are equally exact.
         """
-        return ModuleScales(**{kind: self._find(name, kind) for kind in KINDS})
+        return ModuleScales(**{kind: self.find(name, kind) for kind in KINDS})
 
-    def _find(self, name: str, kind: str) -> float | None:
+    def find(self, name: str, kind: str) -> float | None:
+        """One kind of scale; raises as `module` does."""
         matches = [
             key
             for key in self._entries
@@ -154,6 +163,18 @@ def read_scales(path: Path) -> ScaleTable:
     if size > MAX_FILE_BYTES:
         raise CorruptSourceError(f"{path}: {size} bytes; at most {MAX_FILE_BYTES} are read")
     return ScaleTable(reader(path), str(path))
+
+
+def table_of(entries: object, origin: str) -> ScaleTable:
+    """A table from what a JSON file holds.
+
+    Raises:
+        ScaleError: as `read_scales`.
+    """
+    if not isinstance(entries, dict):
+        raise ScaleError(f"{origin}: expected an object of modules, found {type(entries).__name__}")
+    scales = {str(name): _module(one, f"{origin}: {name}") for name, one in entries.items()}
+    return ScaleTable(scales, origin)
 
 
 def _read_json(path: Path) -> dict[str, ModuleScales]:

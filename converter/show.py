@@ -24,13 +24,13 @@ from rich.table import Table
 
 from .checkpoint import MANIFEST, read_json
 from .checkpoint_plan import CheckpointPlan
-from .convert import Report
 from .errors import FuseportError
 from .forecast import Forecast
 from .hf_family import Table as FamilyTable
 from .model import ModelSpec
 from .profile import Profile
 from .read_manifest import SETTINGS, read_manifest
+from .report import Report
 from .sources.source import Source, open_source
 from .verify import Verification
 
@@ -73,9 +73,19 @@ def plan_table(plan: CheckpointPlan) -> Table:
     return table
 
 
+def notes(plan: CheckpointPlan) -> list[str]:
+    """What a user should be told before anything is read: a line each."""
+    return [f"[yellow]warning[/]: {escape(note)}" for note in plan.notes]
+
+
 def report_text(report: Report) -> str:
     """One paragraph about a finished conversion."""
     lines = [f"wrote {escape(str(report.out))}: {report.tensors} tensors, {size(report.nbytes)}"]
+    if report.codes:
+        lines.append(
+            f"of the source's quantised weights {report.codes['kept']} are kept as they are, "
+            f"{report.codes['dequantised']} are dequantised first"
+        )
     for what, counts in (
         ("exceed their format", report.saturated),
         ("are NaN or Inf", report.nonfinite),
@@ -86,6 +96,7 @@ def report_text(report: Report) -> str:
                 f"[yellow]warning[/]: {sum(counts.values())} values in {len(counts)} tensors "
                 f"{what}, most in {escape(worst)} ({counts[worst]})"
             )
+    lines += _error_text(report.relative_errors, report.snr_db)
     return "\n".join(lines)
 
 
@@ -118,6 +129,17 @@ def json_report(out: Path, result: Verification | FuseportError) -> str:
     else:
         values = {"verified": True, **dataclasses.asdict(result)}
     return json.dumps({"out": str(out), **values}, indent=2)
+
+
+def _error_text(errors: Mapping[str, float], snr: float | None) -> Iterator[str]:
+    """What quantisation costs, where it was measured."""
+    if errors:
+        worst = max(errors, key=lambda name: errors[name])
+        ratio = "nothing lost" if snr is None else f"signal to noise {snr:.2f} dB"
+        yield (
+            f"quantisation: {ratio} over {len(errors)} weights; largest relative error "
+            f"{errors[worst]:.4f} in {escape(worst)}"
+        )
 
 
 def verification_text(out: Path, result: Verification) -> str:

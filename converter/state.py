@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 
 import torch
@@ -9,15 +10,19 @@ import torch
 from fuseport.kernels.move import GivenScale
 
 from .backend import choose
-from .errors import MissingTensorError
+from .claims import Claims, StoredClaims, check_dtype
+from .errors import FuseportWarning, MissingTensorError
+from .given import Given, scale_table
 from .logical import Model
 from .megatron_names import unwrapped
 from .model import ModelSpec
-from .plan import Allocate, Planned
-from .quantise import build
+from .plan import Allocate, Planned, storage_key
+from .quantise import build, to_quantise
 from .recipe import Recipe
+from .relay import SAME, relay, sources_of
 from .sources.megatron import read_model
-from .targets.table import TARGETS
+from .sources.stored_fp8 import StoredFp8, dequantise, is_stored_fp8, read_stored_fp8
+from .targets.table import TARGETS, te_table
 from .targets.target import Task
 
 
@@ -47,10 +52,20 @@ def convert_state_dict(
         FuseportError: see `errors`; nothing is converted.
     """
     TARGETS[recipe.target].check(spec, recipe)
-    tensors = {unwrapped(name): tensor for name, tensor in weights(state_dict).items()}
-    model = read_model(tensors, spec)
+    found = read_stored(state_dict)
+    plain = {name: value for name, value in state_dict.items() if not is_stored_fp8(value)}
+    tensors = {unwrapped(name): tensor for name, tensor in weights(plain).items()}
+    tensors |= {name: one.codes for name, one in found.items()}
+    model = read_model(tensors, spec, StoredClaims if found else Claims)
     check_complete(model, spec)
-    plan = plan_memory(tensors, model, spec, recipe, scales)
+    relaid: dict[tuple[int, str], torch.Tensor] = {}
+    if found:
+        relaid, others = _relay(tensors, found, spec, recipe)
+        tensors |= {name: dequantise(found[name]) for name in others}
+        model = read_model(tensors, spec, StoredClaims)
+    plan = plan_memory(
+        tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid
+    )  # fmt: skip
     run_plan(plan, backend)
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(recipe.world_size)]
     for planned in plan:
@@ -65,12 +80,74 @@ def plan_memory(
     recipe: Recipe,
     scales: Mapping[str, GivenScale] | None = None,
     allocate: Allocate | None = None,
+    states: Mapping[str, object] | None = None,
+    relaid: Mapping[tuple[int, str], torch.Tensor] | None = None,
 ) -> list[Planned]:
-    """Plan over real tensors; by default the target's are on the same device, not yet filled."""
+    """Plan over real tensors; by default the target's are on the same device, not yet filled.
+
+    `states` are a state dict's `_extra_state` entries, among others, for `recipe.scales`;
+    `relaid` are the scales of weights that are fp8 already, by rank and name.
+    """
     example = next(iter(tensors.values()))
     task = Task(model, spec, recipe, zero_row(model, spec, example.device), scales)
     targets = list(TARGETS[recipe.target].rules(task))
-    return list(build(targets, recipe, allocate or example.new_empty))
+    given = given_in_memory(task, example.device, states or {})
+    given.relaid = relaid or {}
+    plan = list(build(targets, recipe, allocate or example.new_empty, given))
+    given.check_used(recipe)
+    for note in given.notes:
+        warnings.warn(note, FuseportWarning, stacklevel=3)
+    return plan
+
+
+def given_in_memory(task: Task, device: torch.device, states: Mapping[str, object]) -> Given:
+    """The scales that a conversion of tensors on `device` is given, by file or by `states`."""
+    table = scale_table(task.recipe, lambda: te_table(task, lambda: states))
+    return Given(lambda value: torch.full((1,), value, device=device), table)
+
+
+def read_stored(state_dict: Mapping[str, object]) -> dict[str, StoredFp8]:
+    """The weights that training keeps in fp8, by Megatron-Core's names.
+
+    Raises:
+        ModelError: as `read_stored_fp8`; or a plain fp8 tensor, whose scales nothing says.
+    """
+    found = {}
+    for name, value in state_dict.items():
+        if is_stored_fp8(value):
+            found[unwrapped(name)] = read_stored_fp8(value, name)
+        elif isinstance(value, torch.Tensor) and value.dtype is torch.float8_e4m3fn:
+            check_dtype(name, value.dtype)
+    return found
+
+
+def _relay(
+    tensors: Mapping[str, torch.Tensor],
+    found: Mapping[str, StoredFp8],
+    spec: ModelSpec,
+    recipe: Recipe,
+) -> tuple[dict[tuple[int, str], torch.Tensor], list[str]]:
+    """The scales of fp8 weights that are copied, and the names of those to dequantise; says so."""
+    # Weights may be views of one buffer; their twins are not.
+    twins = {name: torch.empty_like(one, device="meta") for name, one in tensors.items()}
+    by_storage = {storage_key(twins[name]): name for name in found}
+    stored = {key: found[name] for key, name in by_storage.items()}
+    model = read_model(twins, spec, StoredClaims)
+    task = Task(model, spec, recipe, zero_row(model, spec, torch.device("meta")))
+    targets = list(TARGETS[recipe.target].rules(task))
+    of_stored = [one for one in to_quantise(targets, recipe) if stored.keys() & sources_of(one)]
+    scales, others = relay(of_stored, stored, SAME.get(recipe.quant))
+    copied = set().union(*(sources_of(one) for one in of_stored)) - others
+    names = sorted(by_storage[key] for key in stored.keys() - copied)
+    if names:
+        warnings.warn(
+            f"{len(names)} of {len(found)} fp8 weights of the source are dequantised, the first is "
+            f"{names[0]} ({found[names[0]].scheme}): a result with "
+            f"quant {recipe.quant!r} does not hold them as they are",
+            FuseportWarning,
+            stacklevel=3,
+        )
+    return scales, names
 
 
 def run_plan(plan: list[Planned], backend: str) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from .errors import ScaleError
+from .hf_family import Family
 from .megatron_names import unwrapped
 from .scales import ModuleScales, ScaleTable
 from .sources.te_state import TeState, decode_te_state, join
@@ -14,32 +15,26 @@ from .sources.te_state import TeState, decode_te_state, join
 
 @dataclass(frozen=True)
 class Targets:
-    """The modules that a Megatron module becomes, after the layer's prefix; `{e}` is an expert."""
+    """What a Megatron module becomes: modules of the unified checkpoint, parts of a family."""
 
     trtllm: tuple[str, ...]
     hf: tuple[str, ...]
 
 
-LAYER = {"trtllm": "transformer.layers.", "hf": "model.layers."}
 MODULES = {
-    "self_attention.linear_qkv": Targets(
-        ("attention.qkv",), ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
-    ),
-    "self_attention.linear_proj": Targets(("attention.dense",), ("self_attn.o_proj",)),
-    "mlp.linear_fc1": Targets(("mlp.fc", "mlp.gate"), ("mlp.gate_proj", "mlp.up_proj")),
-    "mlp.linear_fc2": Targets(("mlp.proj",), ("mlp.down_proj",)),
+    "self_attention.linear_qkv": Targets(("attention.qkv",), ("q", "k", "v")),
+    "self_attention.linear_proj": Targets(("attention.dense",), ("out",)),
+    "mlp.linear_fc1": Targets(("mlp.fc", "mlp.gate"), ("gate", "up")),
+    "mlp.linear_fc2": Targets(("mlp.proj",), ("down",)),
     "mlp.shared_experts.linear_fc1": Targets(
-        ("mlp.shared_expert.fc", "mlp.shared_expert.gate"),
-        ("mlp.shared_expert.gate_proj", "mlp.shared_expert.up_proj"),
+        ("mlp.shared_expert.fc", "mlp.shared_expert.gate"), ("shared.gate", "shared.up")
     ),
-    "mlp.shared_experts.linear_fc2": Targets(
-        ("mlp.shared_expert.proj",), ("mlp.shared_expert.down_proj",)
-    ),
-    "mlp.experts.linear_fc1": Targets(
-        ("mlp.fc",), ("mlp.experts.{e}.gate_proj", "mlp.experts.{e}.up_proj")
-    ),
-    "mlp.experts.linear_fc2": Targets(("mlp.proj",), ("mlp.experts.{e}.down_proj",)),
+    "mlp.shared_experts.linear_fc2": Targets(("mlp.shared_expert.proj",), ("shared.down",)),
+    "mlp.experts.linear_fc1": Targets(("mlp.fc",), ("expert.gate", "expert.up")),
+    "mlp.experts.linear_fc2": Targets(("mlp.proj",), ("expert.down",)),
 }
+# The experts' modules bear their class's name in some checkpoints.
+_SPELLINGS = {f"mlp.experts.experts.linear_fc{n}": f"mlp.experts.linear_fc{n}" for n in (1, 2)}
 
 # Layer; module, with an expert of a SequentialMLP in it; the expert that a piece is of.
 _KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+?)\._extra_state(\d*)")
@@ -62,18 +57,29 @@ class TeScales:
     linears: Mapping[Linear, ModuleScales]
     ignored: Mapping[str, str]
 
-    def table(self, target: str) -> ScaleTable:
-        """By the names of `target` ("trtllm" or "hf").
+    def table(self, names: Callable[[Linear], Iterable[str]]) -> ScaleTable:
+        """By the names of a target's modules (`unified_modules`, `family_modules`).
 
         Where several experts become one module, the largest of their scales stands for all: no
         value of the others then exceeds the format.
         """
         table: dict[str, ModuleScales] = {}
         for linear, scales in sorted(self.linears.items()):
-            for part in getattr(MODULES[linear.module], target):
-                name = f"{LAYER[target]}{linear.layer}.{part.format(e=linear.expert)}"
+            for name in names(linear):
                 table[name] = scales.larger(table.get(name, scales))
         return ScaleTable(table, "Transformer Engine's state")
+
+
+def unified_modules(linear: Linear) -> list[str]:
+    """What a linear is called in TensorRT-LLM's unified checkpoint."""
+    parts = MODULES[linear.module].trtllm
+    return [f"transformer.layers.{linear.layer}.{part}" for part in parts]
+
+
+def family_modules(family: Family, linear: Linear) -> list[str]:
+    """What a linear is called in a family's Hugging Face layout."""
+    found = (family.module(part, linear.layer, linear.expert) for part in MODULES[linear.module].hf)
+    return [names[0] for names in found if names]
 
 
 def from_te_states(states: Mapping[str, object], order: str | None = None) -> TeScales:
@@ -114,7 +120,8 @@ def _place(name: str) -> tuple[Linear, int] | None:
     match = _KEY.fullmatch(unwrapped(name))
     if match is None:
         return None
-    layer, module, piece = int(match[1]), match[2], int(match[3] or 0)
+    layer, piece = int(match[1]), int(match[3] or 0)
+    module = _SPELLINGS.get(match[2], match[2])
     expert = _EXPERT.fullmatch(module)
     if expert is not None:
         return Linear(layer, f"mlp.experts.{expert[2]}", int(expert[1])), piece

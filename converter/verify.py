@@ -19,12 +19,12 @@ from safetensors import safe_open
 
 from fuseport.kernels.reference import fused_copy_ref
 
-from .blocks import Block
 from .checkpoint import file_digest, file_digest_of, read_image, read_json, tensor_digests
 from .checkpoint_plan import CheckpointPlan, plan_checkpoint
 from .coverage import uses
 from .derive import BATCH, derive
 from .errors import FuseportError, VerificationError
+from .given import GIVEN
 from .model import ModelSpec
 from .plan import batches
 from .read_manifest import SETTINGS, expect, read_manifest, sane, target_of
@@ -157,12 +157,7 @@ def _check_structure(out: Path, manifest: Mapping[str, Any]) -> None:
 
 def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
     try:
-        facts = dict(manifest["spec"])
-        facts["blocks"] = tuple(Block(**block) for block in facts["blocks"])
-        facts["moe_layers"] = tuple(facts["moe_layers"])
-        expect(isinstance(facts["special"], list), "special")
-        facts["special"] = tuple(facts["special"])
-        spec, recipe = ModelSpec(**facts), Recipe(**manifest["recipe"])
+        spec, recipe = ModelSpec.from_json(manifest["spec"]), Recipe(**manifest["recipe"])
     except (KeyError, TypeError, ValueError, FuseportError) as error:
         raise VerificationError(
             f"the manifest's spec or recipe makes no sense ({error}); convert again"
@@ -173,7 +168,7 @@ def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
 def _compare(out: Path, plan: CheckpointPlan, progress: Progress) -> None:
     """Derive every tensor in plain torch and compare bits."""
     for batch in batches(plan.tensors, BATCH):
-        results, _ = derive(batch, plan.stored, fused_copy_ref, torch.device("cpu"))
+        results = derive(batch, plan.stored, fused_copy_ref, torch.device("cpu"))
         for planned, expected in zip(batch, results, strict=True):
             file = plan.images[planned.rank].name
             with _opened(out / file) as opened:
@@ -215,7 +210,7 @@ def account(plan: CheckpointPlan) -> Accounting:
     Raises:
         VerificationError: elements of a tensor are used nowhere, without a reason.
     """
-    sizes = {key: stored.numel for key, stored in plan.stored.items()}
+    sizes = {key: one.numel for key, one in plan.stored.items() if one.name != GIVEN}
     padding = plan.padding_rows()
     once = repeated = 0
     dropped: dict[str, int] = {}

@@ -33,13 +33,15 @@ _NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
 @dataclass
 class FileResult:
-    """A finished file: its digest, its tensors', and what was lost, by tensor."""
+    """A finished file: its digest, its tensors', and what was lost, by tensor.
+
+    That is saturated and non-finite elements, signal and noise: see `losses`.
+    """
 
     nbytes: int
     digest: str = ""
     tensors: dict[str, str] = field(default_factory=dict)
-    saturated: dict[str, int] = field(default_factory=dict)
-    nonfinite: dict[str, int] = field(default_factory=dict)
+    lost: dict[str, list[float]] = field(default_factory=dict)
 
 
 class _Open:
@@ -200,12 +202,12 @@ class Writer:
             done()
 
     def _account(self, filled: Filled) -> None:
-        for cut, (beyond, strange) in zip(filled.window.cuts, filled.counts.tolist(), strict=True):
+        for cut, own in zip(filled.window.cuts, filled.lost.tolist(), strict=True):
             run = cut.runs[0]
-            result, name = self._files[run.planned.rank].result, run.planned.name
-            for counts, count in ((result.saturated, beyond), (result.nonfinite, strange)):
-                if count:
-                    counts[name] = counts.get(name, 0) + count
+            lost, name = self._files[run.planned.rank].result.lost, run.planned.name
+            if any(own):
+                before = lost.get(name, [0.0] * len(own))
+                lost[name] = [a + b for a, b in zip(before, own, strict=True)]
         for run in filled.window.runs:
             self._files[run.planned.rank].missing -= run.nbytes
             with self._lock:

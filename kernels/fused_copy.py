@@ -29,7 +29,7 @@ from .move_kernel import move_kernel
 from .numerics import LARGEST_SOURCE
 from .quant import GivenScale, NvScale, TensorScale
 from .region_kernel import region_kernel
-from .regions import Job, stage
+from .regions import stage
 from .tables import TWO_PASSES, Kind, Launch, build
 from .tally import SLOTS
 
@@ -126,11 +126,13 @@ class FusedCopy:
         self.device = _one_device(self.moves)
         self._native = has_native_e4m3(self.device) if native_e4m3 is None else native_e4m3
         gathers, jobs = stage(self.moves)
-        self._kept = gathers, jobs, _scale_values(self.moves, self.device)
-        given = _scale_pointers(self.moves, self._kept[2])
+        values = _scale_values(self.moves, self.device)
+        self._staged = {job.index for job in gathers}
+        # What the tables point to beside the moves' own memory.
+        self._kept = [values, *(job.move.dst for job in gathers)]
+        given = _scale_pointers(self.moves, values)
         self._flags = torch.zeros(len(self.moves), dtype=torch.int32, device=self.device)
-        copies = [Job(0, move) for move in gathers]
-        self._gathers = build(copies, {}, self._flags, self.device)
+        self._gathers = build(gathers, {}, self._flags, self.device)
         self.launches = build(jobs, given, self._flags, self.device)
         # What a NaN or an Inf makes a second launch do again.
         self._with_flags = [x for x in self.launches if x.kind.scheme not in ("none", "given")]
@@ -169,6 +171,28 @@ class FusedCopy:
         if power is not None and sums is not None:
             power += self._total(sums)
         return None if counters is None else self._total(counters)
+
+    def follow(self, moves: Sequence[Move]) -> bool:
+        """Go on with the same moves, whose sources' storages alone lie elsewhere now.
+
+        The tables' addresses are changed where they are, so a captured graph stays good.
+
+        Returns:
+            False, with nothing changed, if an address is not what it was modulo 16 bytes: other
+            code may be needed then.
+        """
+        pairs = zip(moves, self.moves, strict=True)
+        steps = [new.src.data_ptr() - old.src.data_ptr() for new, old in pairs]
+        if any(step % 16 for step in steps):
+            return False
+        # A staged matrix is made of its copies; it stays where it is itself.
+        own = [0 if index in self._staged else step for index, step in enumerate(steps)]
+        for launches, by in ((self._gathers, steps), (self.launches, own)):
+            table = torch.tensor(by, dtype=torch.int64).to(self.device)
+            for launch in launches:
+                launch.descriptors[:, 1] += table[launch.descriptors[:, 15]]
+        self.moves = tuple(moves)
+        return True
 
     def _zeros(self, dtype: torch.dtype) -> torch.Tensor:
         """Counters of both launches, spread over slots."""

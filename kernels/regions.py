@@ -58,8 +58,8 @@ class Job:
     move: Move
 
 
-def stage(moves: Sequence[Move]) -> tuple[list[Move], list[Job]]:
-    """Moves that gather what must be staged, and then the batch itself.
+def stage(moves: Sequence[Move]) -> tuple[list[Job], list[Job]]:
+    """Copies that gather what must be staged, and then the batch itself.
 
     A staged matrix becomes one job: its counters are its first move's.
 
@@ -67,7 +67,7 @@ def stage(moves: Sequence[Move]) -> tuple[list[Move], list[Job]]:
         ValueError: a matrix that must be staged is not filled without gaps.
     """
     matrices: dict[int, list[Job]] = defaultdict(list)
-    gathers: list[Move] = []
+    gathers: list[Job] = []
     jobs: list[Job] = []
     for index, move in enumerate(moves):
         job = Job(index, move)
@@ -85,7 +85,7 @@ def stage(moves: Sequence[Move]) -> tuple[list[Move], list[Job]]:
     return gathers, jobs
 
 
-def _gather(parts: list[Job]) -> tuple[list[Move], Job]:
+def _gather(parts: list[Job]) -> tuple[list[Job], Job]:
     """The moves of one matrix by way of a plain matrix: the copies, and the job that is left."""
     parts.sort(key=lambda part: _quant(part).first_row)
     first, columns = parts[0], _quant(parts[0]).columns
@@ -96,7 +96,7 @@ def _gather(parts: list[Job]) -> tuple[list[Move], Job]:
     dtype = dtypes.pop() if plain and len(dtypes) == 1 else torch.float32
     matrix = torch.empty(sum(rows), columns, dtype=dtype, device=first.move.src.device)
     copies = [
-        Move(rows_of.view(part.move.src.shape), part.move.src, part.move.shift)
+        Job(part.index, Move(rows_of.view(part.move.src.shape), part.move.src, part.move.shift))
         for rows_of, part in zip(matrix.split(rows), parts, strict=True)
     ]
     width = first.move.dst.numel() // rows[0]

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CorruptSourceError, SourceError, UnsupportedOptionError
 from ..hf_family import Family, Table, family_of
 from .hf_config import extra_layers, facts_of
+from .hf_quant import MODELOPT, other_scales, packing_of, paired
 from .safetensors_file import names_of, read_header, read_object, regular_file
 from .stored import Stored
 
@@ -39,34 +40,36 @@ def is_hf(path: Path) -> bool:
     return (path / CONFIG).is_file() and any((path / name).exists() for name in (WHOLE, INDEX))
 
 
-def read_hf(path: Path, own: Table | None = None) -> HfCheckpoint:
+def read_hf(path: Path, own: Table | None = None, mtp: str = "drop") -> HfCheckpoint:
     """Open a checkpoint; reads headers, no weights.
 
     Args:
         path: its directory.
         own: the contents of a table for its family; None takes the package's.
+        mtp: "keep" or "drop" layers that predict further tokens.
 
     Raises:
         UnsafeSourceError, CorruptSourceError, SourceError: it cannot be read safely, or is damaged.
-        UnsupportedOptionError: it is quantised.
+        UnsupportedOptionError: it is quantised in a way that is not read.
         RecipeError: no table for its family.
     """
     config = read_object(regular_file(path, CONFIG))
-    if config.get("quantization_config"):
-        raise UnsupportedOptionError(
-            f"{path / CONFIG} has a quantization_config: quantised checkpoints are not converted "
-            f"yet; give one in bf16, fp16 or fp32"
-        )
     family = family_of(str(config.get("model_type")), own)
     tensors = _indexed(path) if (path / INDEX).exists() else read_header(regular_file(path, WHOLE))
-    _refuse_scales(path, tensors)
-    ignored = _ignored(tensors, family, config)
+    packing = packing_of(path, config)
+    if packing is not None:
+        tensors = paired(tensors, packing)
+    further = extra_layers(config, family)
+    kept_layers = len(further) if mtp == "keep" and _holds(tensors, family, further) else 0
+    dropped = further[kept_layers:]
+    ignored = _ignored(tensors, family, dropped) | (other_scales(tensors) if packing else {})
+    _refuse_scales(path, tensors.keys() - ignored.keys())
     kept = {name: one for name, one in tensors.items() if name not in ignored}
     generation = path / GENERATION
     return HfCheckpoint(
         tensors=kept,
         ignored=ignored,
-        facts=facts_of(config, family),
+        facts=facts_of(config, family) | {"further_layers": kept_layers},
         family=family,
         config=config,
         generation=read_object(generation) if generation.is_file() else None,
@@ -92,21 +95,30 @@ def _indexed(path: Path) -> dict[str, Stored]:
     return tensors
 
 
-def _refuse_scales(path: Path, tensors: Mapping[str, Stored]) -> None:
-    for name in tensors:
+def _refuse_scales(path: Path, names: Collection[str]) -> None:
+    for name in sorted(names):
         if _SCALES.search(name):
             raise UnsupportedOptionError(
-                f"{path}: tensor {name!r} belongs to a quantised weight, which is not converted "
-                f"yet; give a checkpoint in bf16, fp16 or fp32"
+                f"{path}: tensor {name!r} belongs to a quantised weight, which neither "
+                f"{CONFIG} nor {MODELOPT} explains, or which is not read in this format; give a "
+                f"checkpoint in bf16, fp16 or fp32"
             )
 
 
-def _ignored(
-    tensors: Mapping[str, Stored], family: Family, config: Mapping[str, object]
-) -> dict[str, str]:
+def _prefix(family: Family, layer: int) -> str:
+    return f"{family.module('input_norm', layer)[0].rpartition('.')[0]}."
+
+
+def _holds(tensors: Mapping[str, Stored], family: Family, layers: range) -> bool:
+    """Whether the layers are there: transformers may write their number without them."""
+    prefixes = tuple(_prefix(family, layer) for layer in layers)
+    return any(name.startswith(prefixes) for name in tensors)
+
+
+def _ignored(tensors: Mapping[str, Stored], family: Family, dropped: range) -> dict[str, str]:
     reasons = {name: "computed from the configuration" for name in tensors if _BUFFER.search(name)}
-    for layer in extra_layers(config, family):
-        prefix = f"{family.module('input_norm', layer)[0].rpartition('.')[0]}."
+    for layer in dropped:
+        prefix = _prefix(family, layer)
         reason = f"layer {layer} predicts further tokens ({family.drops_extra_layers})"
         reasons |= {name: reason for name in tensors if name.startswith(prefix)}
     return reasons

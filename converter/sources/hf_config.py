@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping
 from ..errors import SourceError
 from ..fact_names import OTHER
 from ..hf_family import Family, Table
+from ..yarn import Yarn
 
 # Key → the values with which it changes nothing. Targets that do not take the source's own
 # config.json over refuse any other.
@@ -58,9 +59,11 @@ def facts_of(config: Mapping[str, object], family: Family) -> dict[str, object]:
         facts |= _experts(values, facts)
         rope, scaled = _rope(values, "rotary_percent" in family.config)
         facts |= rope
-        special = _special(values, config)
+        special = tuple(_special(values, config, family))
     except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise SourceError(f"config.json makes no sense: {error!r}") from error
+    if "yarn" not in facts:
+        facts["rope_type"] = "rope"
     facts["layernorm_zero_centered_gamma"] = family.zero_centred_norms
     facts["model_type"] = family.unified or OTHER
     facts["special"] = tuple(sorted({*family.special, *special, *scaled}))
@@ -76,11 +79,12 @@ def extra_layers(config: Mapping[str, object], family: Family) -> range:
     return range(first, first + count)
 
 
-def _special(values: Table, config: Mapping[str, object]) -> Iterable[str]:
+def _special(values: Table, config: Mapping[str, object], family: Family) -> Iterable[str]:
+    said = {key for keys in family.config.values() for key in keys}
     for key, harmless in HARMLESS.items():
         # Qwen keeps the size of a window that it does not use.
         unused = key == "sliding_window" and values.get("use_sliding_window") is False
-        if not unused and values.get(key) not in harmless:
+        if key not in said and not unused and values.get(key) not in harmless:
             yield key
     kinds = config.get("layer_types") or ()
     if any(kind != "full_attention" for kind in kinds):  # type: ignore[attr-defined]
@@ -132,4 +136,6 @@ def _rope(values: Mapping[str, object], partial: bool) -> tuple[dict[str, object
         return {**facts, "seq_len_interpolation_factor": factor}, ()
     if kind == "llama3" and all(scaling.get(key) == value for key, value in LLAMA3.items()):
         return {**facts, "use_rope_scaling": True, "rope_scaling_factor": factor}, ()
+    if kind == "yarn":
+        return {**facts, "yarn": Yarn.from_hf(scaling)}, ("rope_scaling",)
     return facts, ("rope_scaling",)

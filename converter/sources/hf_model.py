@@ -10,6 +10,7 @@ from ..claims import Claims
 from ..hf_family import Family
 from ..logical import (
     Attention,
+    Further,
     Half,
     LatentAttention,
     Layer,
@@ -42,7 +43,8 @@ class _Reader:
         self.claims, self.spec, self.family = claims, spec, family
 
     def model(self) -> Model:
-        hidden, tied = self.spec.hidden_size, self.spec.share_embeddings_and_output_weights
+        spec, hidden = self.spec, self.spec.hidden_size
+        tied = spec.share_embeddings_and_output_weights
         names = self.family.names("output")
         # A tied model's file may hold the embedding twice.
         find = self.claims.take if tied else self.claims.need
@@ -50,9 +52,27 @@ class _Reader:
         return Model(
             embedding=self.claims.need(self.family.names("embedding"), (None, hidden)),
             positions=None,
-            layers=tuple(_Layer(self, index).layer() for index in range(self.spec.num_layers)),
+            layers=tuple(_Layer(self, index).layer() for index in range(spec.num_layers)),
             final_norm=_Layer(self, 0).norm("final_norm", hidden),
             output=None if tied else output,
+            further=tuple(self.further(spec.num_layers + n) for n in range(spec.further_layers)),
+        )
+
+    def further(self, index: int) -> Further:
+        hidden, part = self.spec.hidden_size, _Layer(self, index)
+        tables = (
+            self.claims.take(self.family.names(f"further.{name}", layer=index), (None, hidden))
+            for name in ("embedding", "output")
+        )
+        embedding, output = tables
+        return Further(
+            layer=part.layer(),
+            token_norm=part.norm("further.token_norm", hidden),
+            hidden_norm=part.norm("further.hidden_norm", hidden),
+            join=part.need("further.join", (hidden, 2 * hidden)),
+            norm=part.norm("further.norm", hidden),
+            embedding=embedding,
+            output=output,
         )
 
 

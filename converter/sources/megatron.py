@@ -15,8 +15,10 @@ from ..claims import Claims
 from ..logical import (
     Attention,
     Half,
+    LatentAttention,
     Layer,
     Linear,
+    LowRank,
     Mlp,
     Model,
     Moe,
@@ -92,9 +94,13 @@ class _Reader:
     def _shift(self) -> float:
         return 1.0 if self.spec.layernorm_zero_centered_gamma else 0.0
 
-    def _attention(self, scope: _Scope, block: Block) -> Attention | Linear | None:
+    def _attention(
+        self, scope: _Scope, block: Block
+    ) -> Attention | LatentAttention | Linear | None:
         if block.attention != "full":
             return scope.linear("attention_linear", block) if block.attention == "linear" else None
+        if self.spec.kv_lora_rank:
+            return scope.latent()
         q, k, v = scope.qkv(block.num_query_groups)
         head = self.spec.kv_channels
         heads = self.spec.num_attention_heads
@@ -173,6 +179,30 @@ class _Scope:
         biases = (None,) * 3 if vector is None else _split_qkv(vector, groups, head)
         q, k, v = (Projection(w, b) for w, b in zip(parts, biases, strict=True))
         return q, k, v
+
+    def latent(self) -> LatentAttention:
+        """Rows in Hugging Face's order; both sides rotate neighbouring elements."""
+        spec, heads = self.spec, self.spec.num_attention_heads
+        rotated, rank = spec.qk_pos_emb_head_dim, spec.kv_lora_rank
+        q_rows = heads * (spec.qk_head_dim + rotated)
+        return LatentAttention(
+            q=self.low_rank("q", spec.q_lora_rank, spec.q_lora_rank, q_rows)
+            if spec.q_lora_rank
+            else self.need("q.weight", (q_rows, spec.hidden_size)),
+            kv=self.low_rank(
+                "kv", rank + rotated, rank, heads * (spec.qk_head_dim + spec.v_head_dim)
+            ),
+            out=self.need("out.weight", (spec.hidden_size, heads * spec.v_head_dim)),
+        )
+
+    def low_rank(self, part: str, down: int, rank: int, rows: int) -> LowRank:
+        norm = self.norm(f"{part}_down_norm", rank, True)
+        assert norm is not None
+        return LowRank(
+            down=self.need(f"{part}_down.weight", (down, self.spec.hidden_size)),
+            norm=norm,
+            up=self.need(f"{part}_up.weight", (rows, rank)),
+        )
 
     def mlp(self, kind: str, width: int, expert: int = 0) -> Mlp:
         hidden, bias = self.spec.hidden_size, self.spec.add_bias_linear

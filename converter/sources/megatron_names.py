@@ -31,6 +31,28 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "k_norm.bias": ("self_attention.k_layernorm.bias",),
     "out.weight": ("self_attention.linear_proj.weight",),
     "out.bias": ("self_attention.linear_proj.bias",),
+    # Multi-latent attention.
+    "q.weight": ("self_attention.linear_q_proj.weight",),
+    "q_down.weight": ("self_attention.linear_q_down_proj.weight",),
+    "q_up.weight": ("self_attention.linear_q_up_proj.weight",),
+    "q_down_norm.weight": (
+        "self_attention.q_layernorm.weight",
+        "self_attention.linear_q_up_proj.layer_norm_weight",
+    ),
+    "q_down_norm.bias": (
+        "self_attention.q_layernorm.bias",
+        "self_attention.linear_q_up_proj.layer_norm_bias",
+    ),
+    "kv_down.weight": ("self_attention.linear_kv_down_proj.weight",),
+    "kv_up.weight": ("self_attention.linear_kv_up_proj.weight",),
+    "kv_down_norm.weight": (
+        "self_attention.kv_layernorm.weight",
+        "self_attention.linear_kv_up_proj.layer_norm_weight",
+    ),
+    "kv_down_norm.bias": (
+        "self_attention.kv_layernorm.bias",
+        "self_attention.linear_kv_up_proj.layer_norm_bias",
+    ),
     "attention_linear": ("self_attention.weight",),
     "mlp_norm.weight": (
         "pre_mlp_layernorm.weight",

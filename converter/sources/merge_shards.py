@@ -1,6 +1,6 @@
 """Whole tensors from the shards of tensor-, pipeline- and expert-parallel ranks.
 
-`RULES` is the table: which tensor is cut along which axis. Nothing is concatenated: each whole
+`cuts.RULES` says which tensor is cut along which axis. Nothing is concatenated: each whole
 tensor is a `Stored` whose pieces are views of the ranks' shards.
 """
 
@@ -10,7 +10,6 @@ import re
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
 
 import torch
 
@@ -18,9 +17,9 @@ from ..errors import (
     CorruptSourceError,
     MissingTensorError,
     ShapeError,
-    UnknownTensorError,
     UnsupportedOptionError,
 )
+from .cuts import Cut, cut_of, is_expert, numbered_expert
 from .stored import Piece, Shape, Stored
 from .tiling import check_tiling
 
@@ -29,49 +28,7 @@ Rank = tuple[int, int, int]
 Shards = dict[Rank, dict[str, torch.Tensor]]
 
 
-class Cut(Enum):
-    """How the tensor-parallel ranks share a tensor."""
-
-    COLUMN = "output rows: axis 0"
-    GATED = "output rows; with a gated MLP a rank has [gate shard; up shard]"
-    ROW = "input columns: axis 1"
-    GROUPED_FC1 = "memory [E, H, 2F], cut along F, gate and up apart"
-    GROUPED_FC2 = "memory [E, F, H], cut along F"
-    REPLICATED = "every rank has it whole"
-
-
-def _ends(pattern: str) -> re.Pattern[str]:
-    return re.compile(rf"(?:^|\.)(?:{pattern})$")
-
-
-RULES: tuple[tuple[re.Pattern[str], Cut], ...] = (
-    (_ends(r"embedding\.word_embeddings\.weight"), Cut.COLUMN),
-    (_ends(r"output_layer\.(?:weight|bias)"), Cut.COLUMN),
-    (_ends(r"linear_qkv\.(?:weight|bias)"), Cut.COLUMN),
-    (_ends(r"linear_(?:q|q_up|kv_up)_proj\.(?:weight|bias)"), Cut.COLUMN),
-    (_ends(r"core_attention\.softmax_offset"), Cut.COLUMN),
-    (_ends(r"eh_proj\.weight"), Cut.COLUMN),
-    # Nemotron-NAS: a whole block replaced by one matrix.
-    (_ends(r"self_attention\.weight|mlp\.weight"), Cut.COLUMN),
-    (_ends(r"linear_fc1\.(?:weight|bias)\d*"), Cut.GATED),
-    (_ends(r"linear_fc2\.weight\d*"), Cut.ROW),
-    (_ends(r"linear_proj\.weight"), Cut.ROW),
-    (_ends(r"experts\.weight1"), Cut.GROUPED_FC1),
-    (_ends(r"experts\.weight2"), Cut.GROUPED_FC2),
-    (_ends(r"linear_(?:proj\.bias|fc2\.bias\d*)"), Cut.REPLICATED),
-    (_ends(r"\w*layer_?norm[._](?:weight|bias)"), Cut.REPLICATED),
-    (_ends(r"(?:enorm|hnorm)\.(?:weight|bias)"), Cut.REPLICATED),
-    (_ends(r"linear_(?:q|kv)_down_proj\.(?:weight|bias)"), Cut.REPLICATED),
-    (_ends(r"router\.(?:weight|bias|expert_bias)"), Cut.REPLICATED),
-    (_ends(r"shared_experts\.gate_weight"), Cut.REPLICATED),
-    (_ends(r"position_embeddings\.weight"), Cut.REPLICATED),
-    (_ends(r"rotary_pos_emb\.inv_freq"), Cut.REPLICATED),
-)
-
 _WRAPPERS = re.compile(r"^(?:module\.|model\.)+")
-_EXPERT = re.compile(
-    r"^(.*\.experts\.(?:local_experts\.)?)(?:(\d+)(\..+)|(linear_fc[12]\.(?:weight|bias))(\d+))$"
-)
 _TIED = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
 
@@ -149,15 +106,10 @@ def _grid(shards: Shards, facts: Mapping[str, object]) -> _Grid:
 
 def _global_name(name: str, ep_rank: int, grid: _Grid) -> str:
     """Expert e of expert rank r is expert r × (experts of a rank) + e of the model."""
-    match = _EXPERT.match(name)
-    if match is None or grid.ep == 1:
+    if grid.ep == 1 or not is_expert(name):
         return name
-    prefix, before, rest, part, behind = match.groups()
-    local, count = int(before or behind), grid.local_experts(name)
-    if local >= count:
-        raise ShapeError(f"{name}: an expert rank has {count} experts")
-    number = ep_rank * count + local
-    return f"{prefix}{number}{rest}" if before else f"{prefix}{part}{number}"
+    count = grid.local_experts(name)
+    return numbered_expert(name, ep_rank * count, count)
 
 
 def _drop_tied_output(stages: dict[str, dict[Rank, torch.Tensor]], grid: _Grid) -> None:
@@ -184,7 +136,7 @@ def _bits(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def _merge(name: str, by_rank: dict[Rank, torch.Tensor], grid: _Grid) -> Stored:
-    cut = _cut(name)
+    cut = cut_of(name)
     grouped = cut in (Cut.GROUPED_FC1, Cut.GROUPED_FC2)
     # Each expert rank has experts of its own; of anything else all hold the same.
     copies: dict[tuple[int, int], tuple[Rank, torch.Tensor]] = {}
@@ -204,13 +156,6 @@ def _merge(name: str, by_rank: dict[Rank, torch.Tensor], grid: _Grid) -> Stored:
         return _merge_grouped(name, found, cut, grid)
     shards = [found[tp, 0] for tp in range(grid.tp)]
     return _merge_dense(name, shards, cut, grid)
-
-
-def _cut(name: str) -> Cut:
-    for pattern, cut in RULES:
-        if pattern.search(name):
-            return cut
-    raise UnknownTensorError(f"{name}: no rule says how tensor-parallel ranks share it")
 
 
 def _check_tp(name: str, found: set[int], grid: _Grid) -> None:

@@ -23,11 +23,19 @@ from .stored import FileRange, Piece, Shape, Stored
 MAX_HEADER_BYTES = 100_000_000
 MAX_JSON_BYTES = 100_000_000
 
-DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-# Known, but no weights that are converted: codes without their scales, or packed ones.
+DTYPES = {
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    # Powers of two, which safetensors has two names for.
+    "F8_E8M0": torch.uint8,
+    "U8": torch.uint8,
+}
+# Known, but no weights that are converted.
 NO_WEIGHTS = (
-    "F64", "F8_E4M3", "F8_E5M2", "F8_E8M0", "F4", "F6_E2M3", "F6_E3M2", "C64",
-    "I64", "I32", "I16", "I8", "U64", "U32", "U16", "U8", "BOOL",
+    "F64", "F8_E5M2", "F4", "F6_E2M3", "F6_E3M2", "C64",
+    "I64", "I32", "I16", "I8", "U64", "U32", "U16", "BOOL",
 )  # fmt: skip
 
 
@@ -114,8 +122,7 @@ def _dtype(path: Path, name: str, kind: object) -> torch.dtype:
         raise SourceError(f"{path}: tensor {name!r} has dtype {kind!r}, which is not known")
     if kind in NO_WEIGHTS:
         raise UnsupportedOptionError(
-            f"{path}: tensor {name!r} is {kind}, but weights are read from "
-            f"{', '.join(DTYPES)} only: quantised checkpoints are not converted yet"
+            f"{path}: tensor {name!r} is {kind}, but weights are read from {', '.join(DTYPES)} only"
         )
     if kind not in DTYPES:
         raise SourceError(f"{path}: tensor {name!r} has dtype {kind!r}, which is not known")

@@ -37,7 +37,8 @@ class Source:
     a weight.
 
     `read` turns tensors into logical views; `embedding` and `output` are the keys of the two
-    tensors that may have rows to drop.
+    tensors that may have rows to drop. `states` reads Transformer Engine's module states, by
+    Megatron-Core's in-memory names.
     """
 
     origin: Path
@@ -50,6 +51,7 @@ class Source:
     embedding: str = "embedding.word_embeddings.weight"
     output: str = "output_layer.weight"
     handed_on: Origin = field(default_factory=Origin)
+    states: Callable[[], Mapping[str, object]] = dict
 
     @property
     def nbytes(self) -> int:
@@ -58,39 +60,44 @@ class Source:
 
 
 def open_source(
-    path: Path, facts: Mapping[str, object] | None = None, family: Table | None = None
+    path: Path,
+    facts: Mapping[str, object] | None = None,
+    family: Table | None = None,
+    mtp: str = "drop",
 ) -> Source:
     """Open a checkpoint of Megatron (torch_dist, `mp_rank_*`) or Hugging Face; reads no weights.
 
     `facts` replace the source's own where shards have to be put together; `family` is the contents
-    of a table for a Hugging Face source's family.
+    of a table for a Hugging Face source's family, and `mtp` says whether its layers that predict
+    further tokens are to "keep" or to "drop".
 
     Raises:
         SourceError: it is neither, or cannot be read safely.
     """
     try:
-        return _open(Path(path), facts or {}, family)
+        return _open(Path(path), facts or {}, family, mtp)
     except OSError as error:
         raise SourceError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def _open(path: Path, facts: Mapping[str, object], family: Table | None) -> Source:
+def _open(path: Path, facts: Mapping[str, object], family: Table | None, mtp: str) -> Source:
     if not path.is_dir():
         raise SourceError(
             f"{path} is not a directory; expected a checkpoint of Megatron or Hugging Face"
         )
     if is_hf(path):
-        return _open_hf(path, family)
+        return _open_hf(path, family, mtp)
     if _legacy(path) is not None:
         legacy = read_mp_rank(path)
         stored = merge_shards(legacy.shards, {**legacy.facts, **facts})
         return make_source(path, "mp_rank", stored, legacy.facts, legacy.ignored)
     opened = read_torch_dist(path)
-    return make_source(opened.origin, "torch_dist", opened.tensors, opened.facts, opened.ignored)
+    source = make_source(opened.origin, "torch_dist", opened.tensors, opened.facts, opened.ignored)
+    return dataclasses.replace(source, states=opened.states)
 
 
-def _open_hf(path: Path, table: Table | None) -> Source:
-    found = read_hf(path, table)
+def _open_hf(path: Path, table: Table | None, mtp: str) -> Source:
+    found = read_hf(path, table, mtp)
     family = found.family
     source = make_source(path, "hf", found.tensors, found.facts, found.ignored)
     return dataclasses.replace(

@@ -11,16 +11,24 @@ from __future__ import annotations
 import math
 import os
 import re
-import stat
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path, PurePath
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..errors import CorruptSourceError, SourceError, UnsafeSourceError
+from ..errors import CorruptSourceError, SourceError
+from .byte_entries import (
+    byte_entries,
+    check_range,
+    fields_of,
+    module_states,
+    path_inside,
+    range_of,
+)
 from .checkpoint_dir import check_torch_dist, iteration_dir, refuse_format
 from .run_facts import namespace, read_facts
 from .safe_pickle import MAX_PICKLE_BYTES, Inert, load_pickle
@@ -46,13 +54,15 @@ _IGNORED = (
 class TorchDist:
     """A torch_dist checkpoint: model tensors by their key, the rest by key and reason.
 
-    `facts` are the run's arguments (see `read_facts`); `origin` is the iteration directory.
+    `facts` are the run's arguments (see `read_facts`); `origin` is the iteration directory;
+    `states` reads Transformer Engine's module states.
     """
 
     tensors: dict[str, Stored]
     ignored: dict[str, str]
     facts: dict[str, object]
     origin: Path
+    states: Callable[[], dict[str, object]]
 
 
 @dataclass(frozen=True)
@@ -83,14 +93,15 @@ def read_torch_dist(path: Path) -> TorchDist:
     facts = read_facts(root)
     refuse_format(root, facts.get("ckpt_format"))
     metadata = _read_metadata(root / ".metadata")
-    entries = _fields(metadata, "Metadata").get("state_dict_metadata")
+    entries = fields_of(metadata, "Metadata").get("state_dict_metadata")
     if not isinstance(entries, dict):
         raise CorruptSourceError(f"{root}/.metadata: no table of tensors")
     places = _places(metadata, root)
     facts = facts or _common_state(metadata, root)
     ignored = {key: reason for key, entry in entries.items() if (reason := _ignored(key, entry))}
     kept = {key: entry for key, entry in entries.items() if key not in ignored}
-    return TorchDist(_tensors(root, kept, places), ignored, facts, root)
+    states = partial(module_states, metadata, root)
+    return TorchDist(_tensors(root, kept, places), ignored, facts, root, states)
 
 
 def _read_metadata(path: Path) -> object:
@@ -98,12 +109,6 @@ def _read_metadata(path: Path) -> object:
     if size > MAX_PICKLE_BYTES:
         raise CorruptSourceError(f"{path}: {size} bytes; at most {MAX_PICKLE_BYTES} are read")
     return load_pickle(path.read_bytes(), str(path))
-
-
-def _fields(value: object, kind: str) -> dict[str, Any]:
-    if isinstance(value, Inert) and value.path.rpartition(".")[2] == kind:
-        return value.fields
-    raise CorruptSourceError(f".metadata: expected {kind}, found {value!r}")
 
 
 def _ignored(key: object, entry: object) -> str | None:
@@ -118,12 +123,12 @@ def _ignored(key: object, entry: object) -> str | None:
 
 def _places(metadata: object, root: Path) -> dict[tuple[str, Shape], object]:
     """(key, chunk offset) → its storage entry, for all tensor chunks."""
-    table = _fields(metadata, "Metadata").get("storage_data")
+    table = fields_of(metadata, "Metadata").get("storage_data")
     if not isinstance(table, dict):
         raise CorruptSourceError(f"{root}/.metadata: no table of storage")
     places: dict[tuple[str, Shape], object] = {}
     for index, entry in table.items():
-        fields = _fields(index, "MetadataIndex")
+        fields = fields_of(index, "MetadataIndex")
         if fields.get("offset") is None:
             continue
         place = (str(fields.get("fqn")), _sizes(fields["offset"]))
@@ -135,16 +140,11 @@ def _places(metadata: object, root: Path) -> dict[tuple[str, Shape], object]:
 
 def _common_state(metadata: object, root: Path) -> dict[str, object]:
     """The run's arguments where Megatron-Core 0.19 and later keeps them: in a byte entry."""
-    for index, place in _fields(metadata, "Metadata")["storage_data"].items():
-        if str(_fields(index, "MetadataIndex").get("fqn")).partition("/")[0] != "common_state":
-            continue
-        file, start, length = _range("common_state", place)
-        with _inside(root, file, "common_state").open("rb") as shard:
-            _check_range(shard.fileno(), start, length, f"{file}: common_state")
-            window = Window(shard.fileno(), start, length)
-            saved = read_saved_object(window, f"{file}: common_state")
-        # A list with the state of each rank that saved.
-        return namespace(saved[0] if isinstance(saved, list) and saved else saved, "args")
+    for key, path, window in byte_entries(metadata, root):
+        if key.partition("/")[0] == "common_state":
+            saved = read_saved_object(window, f"{path}: {key}")
+            # A list with the state of each rank that saved.
+            return namespace(saved[0] if isinstance(saved, list) and saved else saved, "args")
     return {}
 
 
@@ -160,7 +160,7 @@ def _tensors(
     shapes: dict[str, tuple[Shape, torch.dtype]] = {}
     chunks: list[_Chunk] = []
     for key, entry in entries.items():
-        fields = _fields(entry, "TensorStorageMetadata")
+        fields = fields_of(entry, "TensorStorageMetadata")
         shape, dtype = _sizes(fields.get("size")), _dtype(key, fields.get("properties"))
         boxes = [_box(chunk) for chunk in fields.get("chunks") or ()]
         check_tiling(key, shape, boxes)
@@ -179,7 +179,7 @@ def _dtype(key: str, properties: object) -> torch.dtype:
 
 
 def _box(chunk: object) -> tuple[Shape, Shape]:
-    fields = _fields(chunk, "ChunkStorageMetadata")
+    fields = fields_of(chunk, "ChunkStorageMetadata")
     return _sizes(fields.get("offsets")), _sizes(fields.get("sizes"))
 
 
@@ -191,19 +191,8 @@ def _chunk(
         raise SourceError(f"tensor {key!r}: written as Hugging Face safetensors; read it as such")
     if place is None:
         raise CorruptSourceError(f"tensor {key!r}: no storage entry for its chunk at {box[0]}")
-    file, start, length = _range(key, place)
+    file, start, length = range_of(key, place)
     return _Chunk(key, dtype, *box, file, start, length)
-
-
-def _range(key: str, place: object) -> tuple[str, int, int]:
-    """File, first byte and length of a storage entry."""
-    info = _fields(place, "_StorageInfo")
-    if info.get("transform_descriptors"):
-        raise SourceError(f"tensor {key!r}: stored through {info['transform_descriptors']!r}")
-    file, start, length = (info.get(name) for name in ("relative_path", "offset", "length"))
-    if type(file) is not str or type(start) is not int or type(length) is not int:
-        raise CorruptSourceError(f"tensor {key!r}: its storage entry is {info!r}")
-    return file, start, length
 
 
 def _locate(root: Path, chunks: Iterable[_Chunk]) -> dict[str, list[Piece]]:
@@ -213,7 +202,7 @@ def _locate(root: Path, chunks: Iterable[_Chunk]) -> dict[str, list[Piece]]:
         by_file[chunk.file].append(chunk)
     pieces: dict[str, list[Piece]] = defaultdict(list)
     for name, group in by_file.items():
-        path = _inside(root, name, group[0].key)
+        path = path_inside(root, name, group[0].key)
         fd = os.open(path, os.O_RDONLY)
         try:
             for chunk in sorted(group, key=lambda chunk: chunk.start):
@@ -223,25 +212,8 @@ def _locate(root: Path, chunks: Iterable[_Chunk]) -> dict[str, list[Piece]]:
     return pieces
 
 
-def _inside(root: Path, name: str, key: str) -> Path:
-    """The real path of a shard file; it must be a regular file below the real `root`."""
-    pure, base = PurePath(name), Path(os.path.realpath(root))
-    path = Path(os.path.realpath(base / name)) if "\0" not in name else Path("/")
-    if pure.is_absolute() or ".." in pure.parts or not path.is_relative_to(base):
-        raise UnsafeSourceError(
-            f"{root}: tensor {key!r} points to {name!r}, outside the checkpoint's directory"
-        )
-    if pure.suffix == ".safetensors":
-        raise SourceError(f"{root}: {name!r} is a safetensors file; save again with torch_save")
-    if not path.exists() or not stat.S_ISREG(path.stat().st_mode):
-        raise CorruptSourceError(
-            f"{path}: missing, and {key!r} lies in it; copy the checkpoint completely"
-        )
-    return path
-
-
 def _piece(chunk: _Chunk, path: Path, fd: int) -> Piece:
-    _check_range(fd, chunk.start, chunk.length, chunk.where)
+    check_range(fd, chunk.start, chunk.length, chunk.where)
     found = find_payload(Window(fd, chunk.start, chunk.length), chunk.where)
     nbytes, tensor = math.prod(chunk.shape) * chunk.dtype.itemsize, found.tensor
     if found.size != nbytes or tensor.storage_bytes != nbytes:
@@ -255,12 +227,6 @@ def _piece(chunk: _Chunk, path: Path, fd: int) -> Piece:
         raise SourceError(f"{chunk.where}: saved with strides {tensor.stride}, not contiguous")
     data = FileRange(path, chunk.start + found.offset, nbytes, found.crc)
     return Piece(chunk.offset, chunk.shape, data)
-
-
-def _check_range(fd: int, start: int, length: int, where: str) -> None:
-    size = os.fstat(fd).st_size
-    if start < 0 or length < 1 or start + length > size:
-        raise CorruptSourceError(f"{where}: bytes {start}+{length} of a file of {size}: truncated?")
 
 
 def _squeezed(shape: Shape) -> Shape:

@@ -15,6 +15,7 @@ from ..hf_family import Family
 from ..layout import Alternate, Layout, Stack, flat_columns, flat_rows
 from ..logical import (
     Attention,
+    Further,
     Half,
     LatentAttention,
     Layer,
@@ -27,7 +28,7 @@ from ..logical import (
 )
 from ..model import ModelSpec
 from ..recipe import Recipe
-from .parts import TargetTensor
+from .parts import CacheScale, TargetTensor
 
 
 class HfRules:
@@ -48,7 +49,7 @@ class HfRules:
 
     def tensors(self) -> Iterator[TargetTensor]:
         """Every tensor: the embedding, the layers, the output."""
-        model, names = self.model, _Names(self.family, self.recipe.torch_dtype, 0)
+        model, names = self.model, _Names(self.family, self.recipe, -1)
         if model.positions is not None:
             raise UnsupportedOptionError(
                 f"the model has learned positions, for which the family "
@@ -57,11 +58,29 @@ class HfRules:
         if model.embedding is not None:
             yield names.tensor("embedding", self._vocabulary(model.embedding))
         for index, layer in enumerate(model.layers):
-            yield from _layer(_Names(self.family, self.recipe.torch_dtype, index), layer)
+            yield from _layer(_Names(self.family, self.recipe, index), layer)
+        for number, further in enumerate(model.further, len(model.layers)):
+            yield from self._further(_Names(self.family, self.recipe, number), further)
         if model.final_norm is not None:
             yield from names.norm("final_norm", model.final_norm)
         if model.output is not None:
             yield names.tensor("output", self._vocabulary(model.output))
+
+    def _further(self, names: _Names, further: Further) -> Iterator[TargetTensor]:
+        yield from _layer(names, further.layer)
+        yield from names.norm("further.token_norm", further.token_norm)
+        yield from names.norm("further.hidden_norm", further.hidden_norm)
+        yield names.tensor("further.join", further.join)
+        yield from names.norm("further.norm", further.norm)
+        for part in ("embedding", "output"):
+            table = getattr(further, part)
+            if table is not None and self._vocabulary(table).shape != table.shape:
+                raise ShapeError(
+                    f"vocab_size = {self.spec.vocab_size}, but layer {names.layer} has an {part} "
+                    f"of its own with {table.shape[0]} rows; leave out --vocab-size or --mtp keep"
+                )
+            if table is not None:
+                yield names.tensor(f"further.{part}", table)
 
     def _vocabulary(self, table: torch.Tensor) -> torch.Tensor:
         size = self.spec.vocab_size or table.shape[0]
@@ -76,8 +95,9 @@ class HfRules:
 class _Names:
     """Target tensors of one layer by the names of its parts."""
 
-    def __init__(self, family: Family, dtype: torch.dtype, layer: int) -> None:
-        self.family, self.dtype, self.layer = family, dtype, layer
+    def __init__(self, family: Family, recipe: Recipe, layer: int) -> None:
+        self.family, self.layer = family, layer
+        self.dtype, self.quant = recipe.torch_dtype, recipe.quant
 
     def tensor(
         self,
@@ -101,8 +121,9 @@ class _Names:
             group = self.family.group(part, self.layer, expert)
         module = names[0].rpartition(".")[0] if group else ""
         return TargetTensor(
-            0, names[0], layout, dtype or self.dtype, shift, group=group, module=module
-        )
+            0, names[0], layout, dtype or self.dtype, shift, group=group, module=module,
+            layer=self.layer, cache=_cache(part, module) if module else None,
+        )  # fmt: skip
 
     def linear(
         self, part: str, weight: Layout, bias: Layout | None, expert: int = 0
@@ -121,6 +142,11 @@ class _Names:
 
     def module(self, part: str) -> bool:
         return bool(self.family.module(part))
+
+
+def _cache(part: str, module: str) -> CacheScale | None:
+    """As ModelOpt names the scales of a KV cache: beside the weight that makes keys or values."""
+    return CacheScale(f"{module}.{part}_scale", (), (part,)) if part in ("k", "v") else None
 
 
 def _layer(names: _Names, layer: Layer) -> Iterator[TargetTensor]:
@@ -192,6 +218,11 @@ def moe(names: _Names, weights: Moe) -> Iterator[TargetTensor]:
     if weights.router_bias is not None:
         # It is added to scores that differ little: DeepSeek's own checkpoints keep fp32.
         yield names.tensor("router_bias", weights.router_bias, dtype=torch.float32)
+    elif "router_bias" in names.family.tensors:
+        raise UnsupportedOptionError(
+            f"layer {names.layer}: the router has no expert bias, which every model of the family "
+            f"{names.family.model_type} has; choose another family with --fact model_type=NAME"
+        )
     if names.module("expert.up"):
         for number, expert in enumerate(weights.experts):
             yield from mlp(names, "expert.", expert, number)
@@ -205,6 +236,11 @@ def moe(names: _Names, weights: Moe) -> Iterator[TargetTensor]:
 
 def together(names: _Names, experts: tuple[Mlp, ...]) -> Iterator[TargetTensor]:
     """GPT-OSS: [E, H, 2F] with gate and up in turn, [E, F, H], and their biases."""
+    if names.quant != "none":
+        raise UnsupportedOptionError(
+            f"{names.family.names('experts.gate_up', layer=names.layer)[0]}: no loader reads "
+            f"experts that lie in one tensor quantised as {names.quant!r}; leave out --quant"
+        )
     first = [tuple(half.weight.mT for half in one.halves) for one in experts]
     yield names.tensor("experts.gate_up", Stack(tuple(map(Alternate, first))))
     biases = [tuple(half.bias for half in one.halves if half.bias is not None) for one in experts]

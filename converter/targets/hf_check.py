@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from .quant_check import hf_shapes
+
 Shapes = dict[str, tuple[int, ...]]
 Config = Mapping[str, Any]
 
@@ -19,9 +21,11 @@ REQUIRED = (
 # Classes whose attention has q_proj, k_proj, v_proj and o_proj of one head size.
 PLAIN_ATTENTION = {
     "llama", "mistral", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "mixtral", "gemma", "gemma2",
-    "gemma3_text", "nemotron", "gpt_oss",
+    "gemma3_text", "nemotron", "gpt_oss", "stablelm", "granite",
 }  # fmt: skip
-GATED_MLP = {"llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text"}
+GATED_MLP = {
+    "llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "stablelm", "granite",
+}  # fmt: skip
 # Class → the modules of an expert (gate, up, down), and the key of its width.
 EXPERTS = {
     "mixtral": ("block_sparse_moe", ("w1", "w3", "w2"), "intermediate_size"),
@@ -32,8 +36,10 @@ EXPERTS = {
 KNOWN = PLAIN_ATTENTION | {"deepseek_v3"}
 
 
-def expected_by_file(config: Config, index: Config, files: list[str]) -> dict[str, Shapes]:
-    """File → tensors that must be in it, and their shapes.
+def expected_by_file(
+    config: Config, modelopt: Config, index: Config, files: list[str]
+) -> dict[str, Shapes]:
+    """File → tensors that must be in it, and their shapes; `modelopt`: hf_quant_config.json.
 
     Raises:
         ValueError: index and files do not fit, or a tensor that must be there is nowhere.
@@ -42,7 +48,7 @@ def expected_by_file(config: Config, index: Config, files: list[str]) -> dict[st
     if set(places.values()) != set(files):
         raise ValueError(f"the index names {sorted(set(places.values()))}, there are {files}")
     result: dict[str, Shapes] = {file: {} for file in files}
-    for name, shape in expected_matrices(config).items():
+    for name, shape in hf_shapes(expected_matrices(config), config, modelopt).items():
         if name not in places:
             raise ValueError(f"no file holds {name} {list(shape)}")
         result[places[name]][name] = shape

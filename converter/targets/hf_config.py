@@ -15,13 +15,19 @@ from .quant_config import hf_quantization
 # transformers' names of activation functions. Megatron's gelu is the exact one.
 ACTIVATIONS = {"squared_relu": "relu2", "gelu": "gelu"}
 
+# DeepSeek's first layers are dense; others say which.
+DENSE_FIRST = "first_k_dense_replace"
+# Facts whose 0 is config.json's null.
+ZERO_IS_NONE = ("q_lora_rank",)
 # What a family stores in its own way, what a target's vocabulary says, and what has no key.
 OWN_WAY = (
     "layernorm_zero_centered_gamma", "vocab_size", "model_type", "num_local_experts", "moe_layers",
-    "max_position_embeddings",
+    "max_position_embeddings", "further_layers",
 )  # fmt: skip
 
 
+# What a quantised source says of itself.
+QUANTISED = ("quantization_config", "compression_config")
 OTHER_FAMILY = (
     "choose another family with --fact model_type=NAME, or give a table with --family FILE"
 )
@@ -52,15 +58,15 @@ def hf_config(
         config = _from_facts(spec, family)
         _check_says(spec, config, family, {*OWN_WAY, *_idle(spec)}, OTHER_FAMILY)
     else:
-        config = dict(own)
-        _check_says(spec, config, family, {"vocab_size"}, OWN_CONFIG)
+        config = {key: value for key, value in own.items() if key not in QUANTISED}
+        _check_says(spec, config, family, {"vocab_size", "further_layers"}, OWN_CONFIG)
     config["vocab_size"] = vocab_size
     # From 5 on transformers calls it dtype; engines know the old name.
     config |= {"dtype": recipe.dtype, "torch_dtype": recipe.dtype}
     if quantization := hf_quantization(recipe, unquantised):
         config["quantization_config"] = quantization
     if family.drops_extra_layers:
-        config[family.drops_extra_layers] = 0
+        config[family.drops_extra_layers] = spec.further_layers
     return config
 
 
@@ -69,29 +75,44 @@ def _from_facts(spec: ModelSpec, family: Family) -> dict[str, object]:
         "architectures": [family.architecture],
         "model_type": family.model_type,
         **{key: value for key, value in family.defaults.items() if value is not None},
-        **family.written,
         "hidden_act": ACTIVATIONS.get(spec.activation_func, spec.activation_func),
     }
     for fact, keys in family.config.items():
         value = getattr(spec, fact)
-        if value is not None:
+        if fact in ZERO_IS_NONE:
+            config[keys[0]] = value or None
+        elif value is not None:
             config[keys[0]] = ACTIVATIONS.get(value, value) if fact == "activation_func" else value
-    return config | _rope(spec) | _experts(spec)
+    return config | _rope(spec) | _experts(spec, family) | dict(family.written)
 
 
 def _rope(spec: ModelSpec) -> dict[str, object]:
     """The spelling of transformers 4, which engines read and transformers 5 takes over."""
     scaling: dict[str, object] | None = None
-    if spec.rope_scaling_factor is not None:
+    if spec.yarn is not None:
+        scaling = spec.yarn.as_hf()
+    elif spec.rope_scaling_factor is not None:
         scaling = {"rope_type": "llama3", "factor": spec.rope_scaling_factor, **LLAMA3}
     elif spec.seq_len_interpolation_factor is not None:
         scaling = {"rope_type": "linear", "factor": spec.seq_len_interpolation_factor}
     return {"rope_theta": spec.rotary_base, "rope_scaling": scaling}
 
 
-def _experts(spec: ModelSpec) -> dict[str, object]:
+def _experts(spec: ModelSpec, family: Family) -> dict[str, object]:
+    """Which layers are dense, in the family's way, and DeepSeek's shared experts and groups."""
     dense = [layer for layer in range(spec.num_layers) if not spec.is_moe(layer)]
-    return {"mlp_only_layers": dense} if spec.num_moe_experts and dense else {}
+    if not spec.num_moe_experts or DENSE_FIRST not in family.defaults:
+        return {"mlp_only_layers": dense} if spec.num_moe_experts and dense else {}
+    groups, chosen = spec.moe_router_num_groups or 1, spec.moe_router_group_topk or 1
+    if groups > 1 and spec.moe_router_topk // chosen != 2:
+        raise UnsupportedOptionError(
+            f"moe_router_topk = {spec.moe_router_topk} and moe_router_group_topk = {chosen}: a "
+            f"group's score is then not the sum of its two best, which the family "
+            f"{family.model_type} takes"
+        )
+    shared = spec.moe_shared_expert_intermediate_size // spec.moe_ffn_hidden_size
+    return {DENSE_FIRST: len(dense), "n_shared_experts": shared, "n_group": groups,
+            "topk_group": chosen}  # fmt: skip
 
 
 def _idle(spec: ModelSpec) -> tuple[str, ...]:

@@ -13,12 +13,22 @@ from ..layout import Layout
 
 
 @dataclass(frozen=True)
+class CacheScale:
+    """A dequant_scale of a KV cache: its tensor, and the kinds ("k", "v") that it stands for."""
+
+    name: str
+    shape: tuple[int, ...]
+    kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class TargetTensor:
     """One tensor of one rank's file: what it is made of, and what happens to its values.
 
     `group` is the part's and `module` the name of its linear, both with layers numbered in the
     whole model and "" where the weight is never quantised. A tensor of several experts begins
-    with number `first_expert`.
+    with number `first_expert`. `layer` counts in the whole model and is -1 outside of the layers.
+    `cache` is the scale of the keys or values that the weight makes.
     """
 
     rank: int
@@ -31,6 +41,8 @@ class TargetTensor:
     group: str = ""
     module: str = ""
     first_expert: int = 0
+    layer: int = -1
+    cache: CacheScale | None = None
 
 
 @dataclass(frozen=True)
@@ -48,18 +60,20 @@ class Part:
     replicated: bool = False
     group: str = ""
     first_expert: int = 0
+    cache: CacheScale | None = None
 
 
 @dataclass(frozen=True)
 class Unit:
     """Something whole of a stage: its parts for a shard, and what goes before their names.
 
-    `whole_prefix` numbers a layer in the whole model, `prefix` in its stage.
+    `whole_prefix` numbers a layer in the whole model, as `layer` does, `prefix` in its stage.
     """
 
     parts: Callable[[Shard], Iterator[Part]]
     prefix: str = ""
     whole_prefix: str = ""
+    layer: int = -1
 
 
 @dataclass(frozen=True)

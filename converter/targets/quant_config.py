@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..recipe import Recipe
+from .profiles import written
 
 HF_QUANT_CONFIG = "hf_quant_config.json"
 # Recipe.quant → TensorRT-LLM's and ModelOpt's name.
@@ -19,18 +20,28 @@ ALGORITHMS = {
     "fp8-row": "FP8_PER_CHANNEL_PER_TOKEN",
     "fp8-block": "FP8_BLOCK_SCALES",
     "mxfp8": "MXFP8",
+    "nvfp4": "NVFP4",
 }
 
 
-def trtllm_quantization(recipe: Recipe) -> dict[str, object]:
-    """`quantization` of the unified checkpoint's config.json."""
+def trtllm_quantization(recipe: Recipe, unquantised: Sequence[str] = ()) -> dict[str, object]:
+    """`quantization` of the unified checkpoint's config.json.
+
+    `unquantised` are linears that stay as they are, whatever kept them. A pipeline stage numbers
+    its layers from 0, so only patterns say it there.
+    """
     values: dict[str, object] = {
         "quant_algo": ALGORITHMS.get(recipe.quant),
-        "kv_cache_quant_algo": None,
+        "kv_cache_quant_algo": _cache_algorithm(recipe),
     }
     if recipe.quant != "none":
-        values["exclude_modules"] = sorted({*recipe.exclude, *UNIFIED_EXCLUDES})
+        named = unquantised if recipe.pp_size == 1 else ()
+        values["exclude_modules"] = sorted({*recipe.exclude, *UNIFIED_EXCLUDES, *named})
     return values
+
+
+def _cache_algorithm(recipe: Recipe) -> str | None:
+    return None if recipe.kv_cache == "none" else recipe.kv_cache.upper()
 
 
 # Modules that are linear to TensorRT-LLM, and never quantised here.
@@ -39,21 +50,43 @@ UNIFIED_EXCLUDES = ("*.router", "transformer.vocab_embedding", "transformer.posi
 
 def hf_quantization(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, Any]:
     """`quantization_config` of config.json; empty if ModelOpt's file says it, or nothing is."""
-    if recipe.quant == "fp8-block":
-        return {
-            "quant_method": "fp8",
-            "fmt": "e4m3",
-            "activation_scheme": "dynamic",
-            "weight_block_size": [128, 128],
-            "modules_to_not_convert": list(unquantised),
-        }
-    if recipe.quant == "fp8-row":
-        return _compressed_tensors(unquantised)
-    return {}
+    cache = {"kv_cache_scheme": _STATIC_FP8} if recipe.kv_cache == "fp8" else {}
+    if recipe.quant == "none":
+        return {}
+    said = SAID.get(written(recipe).said)
+    return {} if said is None else cache | said(recipe, unquantised)
 
 
-def _compressed_tensors(unquantised: Sequence[str]) -> dict[str, Any]:
+# compressed-tensors' description of keys and values in e4m3 with scales that are in the file.
+_STATIC_FP8 = {
+    "num_bits": 8, "type": "float", "symmetric": True, "strategy": "tensor", "dynamic": False
+}  # fmt: skip
+
+
+def _fp8(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, Any]:
+    return {
+        "quant_method": "fp8",
+        "fmt": "e4m3",
+        "activation_scheme": "dynamic",
+        "weight_block_size": [128, 128],
+        "modules_to_not_convert": list(unquantised),
+    }
+
+
+# compressed-tensors' words for how weights, and the activations with them, are scaled.
+STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "fp8": ({"strategy": "tensor"}, {"strategy": "token"}),
+    "fp8-row": ({"strategy": "channel"}, {"strategy": "token"}),
+    "fp8-block": (
+        {"strategy": "block", "block_structure": [128, 128]},
+        {"strategy": "group", "group_size": 128},
+    ),
+}
+
+
+def _compressed_tensors(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, Any]:
     common = {"num_bits": 8, "type": "float", "symmetric": True}
+    weights, activations = STRATEGIES[recipe.quant]
     return {
         "quant_method": "compressed-tensors",
         "format": "float-quantized",
@@ -62,21 +95,27 @@ def _compressed_tensors(unquantised: Sequence[str]) -> dict[str, Any]:
         "config_groups": {
             "group_0": {
                 "targets": ["Linear"],
-                "weights": {**common, "strategy": "channel", "dynamic": False},
-                "input_activations": {**common, "strategy": "token", "dynamic": True},
+                "weights": {**common, **weights, "dynamic": False},
+                "input_activations": {**common, **activations, "dynamic": True},
             }
         },
     }
 
 
+SAID = {"fp8": _fp8, "compressed-tensors": _compressed_tensors}
+
+
 def modelopt_file(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`hf_quant_config.json`, by its name, for the schemes that ModelOpt defines."""
-    if recipe.quant not in ("fp8", "mxfp8"):
+    """`hf_quant_config.json`, by its name, where the profile's engines look into it."""
+    only_cache = recipe.quant == "none" and recipe.kv_cache != "none"
+    if not only_cache and (recipe.quant == "none" or written(recipe).said != "modelopt"):
         return {}
-    quantization = {
-        "quant_algo": ALGORITHMS[recipe.quant],
-        "kv_cache_quant_algo": None,
-        "exclude_modules": list(unquantised),
+    quantization: dict[str, Any] = {
+        "quant_algo": ALGORITHMS.get(recipe.quant),
+        "kv_cache_quant_algo": _cache_algorithm(recipe),
+        "exclude_modules": [] if only_cache else list(unquantised),
     }
+    if recipe.quant == "nvfp4":
+        quantization["group_size"] = 16
     # Engines go by the producer's name.
     return {HF_QUANT_CONFIG: {"producer": {"name": "modelopt"}, "quantization": quantization}}

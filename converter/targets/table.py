@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from ..checkpoint import read_json
-from ..errors import RecipeError
+from ..errors import RecipeError, ScaleError
+from ..formats import format_of
 from ..hf_family import Family, family_of
 from ..model import ModelSpec
 from ..plan import Planned, batches
-from ..quantise import format_of
 from ..recipe import Recipe, check
+from ..scales import ScaleTable
+from ..te_scales import family_modules, from_te_states, unified_modules
 from . import hf_check, trtllm_check
 from .hf import HfRules, check_hf
 from .hf_config import hf_config
 from .parts import TargetTensor
+from .quant_check import unified_shapes
 from .quant_config import HF_QUANT_CONFIG, modelopt_file
 from .target import Origin, Shapes, Target, Task
 from .trtllm import TrtllmRules, refuse_special
@@ -39,6 +43,11 @@ Settings = dict[str, Mapping[str, object]]
 
 def _check_trtllm(spec: ModelSpec, recipe: Recipe) -> None:
     format_of(recipe)
+    if recipe.pp_size > 1 and (recipe.keep_first or recipe.keep_last):
+        raise RecipeError(
+            f"keep_first and keep_last have no place in a config.json for pp_size = "
+            f"{recipe.pp_size}, whose stages each number their layers from 0; leave them out"
+        )
     refuse_special(spec)
     check(spec, recipe)
 
@@ -69,14 +78,17 @@ def _trtllm_settings(
     tensors: Sizes,
     unquantised: Sequence[str],
 ) -> Settings:
-    return {CONFIG: config(spec, recipe, vocab_size)}
+    return {CONFIG: config(spec, recipe, vocab_size, unquantised)}
 
 
 def _trtllm_expected(settings: Mapping[str, Any], out: Path, count: int) -> dict[str, Shapes]:
     world = settings["mapping"]["world_size"]
     if world != count:
         raise ValueError(f"there are {count} rank files for {world} ranks")
-    shapes = [trtllm_check.expected_matrices(settings, rank) for rank in range(world)]
+    shapes = [
+        unified_shapes(trtllm_check.expected_matrices(settings, rank), settings)
+        for rank in range(world)
+    ]
     return dict(zip(_rank_names(world), shapes, strict=True))
 
 
@@ -122,7 +134,27 @@ def _hf_settings(
 
 
 def _hf_expected(settings: Mapping[str, Any], out: Path, count: int) -> dict[str, Shapes]:
-    return dict(hf_check.expected_by_file(settings, read_json(out / INDEX), _shard_names(count)))
+    modelopt = out / HF_QUANT_CONFIG
+    stated = read_json(modelopt) if modelopt.is_file() else {}
+    names = _shard_names(count)
+    return dict(hf_check.expected_by_file(settings, stated, read_json(out / INDEX), names))
+
+
+def te_table(task: Task, states: Callable[[], Mapping[str, object]]) -> ScaleTable:
+    """The scales in Transformer Engine's states, by the target's names of modules.
+
+    Raises:
+        ScaleError: there are none, or one cannot be used.
+    """
+    found = from_te_states(states())
+    if not found.linears:
+        raise ScaleError(
+            f"the source holds no scales of Transformer Engine ({len(found.ignored)} states "
+            f"without); only delayed scaling keeps them: give a file of scales"
+        )
+    if task.recipe.target == "trtllm":
+        return found.table(unified_modules)
+    return found.table(partial(family_modules, _family(task.spec, task.recipe, task.origin)))
 
 
 TARGETS: dict[str, Target] = {

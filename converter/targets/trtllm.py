@@ -14,6 +14,7 @@ model classes for the row orders:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ from ..layout import Layout, Stack, cat, flat_columns, flat_rows
 from ..logical import Attention, Half, LatentAttention, Layer, Linear, Mlp, Model, Moe, Norm
 from ..model import ModelSpec
 from ..recipe import Recipe
-from .parts import Part, Shard, TargetTensor, Unit
+from .parts import CacheScale, Part, Shard, TargetTensor, Unit
 from .trtllm_config import FAMILIES, padded_vocab_size, pp_layers
 
 
@@ -78,9 +79,10 @@ class TrtllmRules:
         group, linear = "", ""
         if part.group:
             group, linear = unit.whole_prefix + part.group, unit.whole_prefix + module
+        cache = part.cache and replace(part.cache, name=unit.prefix + part.cache.name)
         return TargetTensor(
             rank, name, part.layout, dtype, part.shift, quant, part.replicated, group, linear,
-            part.first_expert,
+            part.first_expert, unit.layer, cache,
         )  # fmt: skip
 
     def _units(self, stage: int) -> Iterator[Unit]:
@@ -90,7 +92,8 @@ class TrtllmRules:
             yield Unit(self._input)
         for local, index in enumerate(layers):
             layer = self.model.layers[index]
-            yield Unit(partial(self._layer, layer), layer_prefix(local), layer_prefix(index))
+            parts = partial(self._layer, layer)
+            yield Unit(parts, layer_prefix(local), layer_prefix(index), index)
         if stage == self.recipe.pp_size - 1:
             yield Unit(self._output)
 
@@ -155,8 +158,10 @@ class TrtllmRules:
 
 def refuse_special(spec: ModelSpec) -> None:
     """Raise UnsupportedOptionError if the model has an option that `config.json` cannot say."""
-    if spec.special or spec.model_type not in FAMILIES:
-        what = ", ".join(spec.special) or "a family that the format does not know"
+    further = ("layers that predict further tokens",) if spec.further_layers else ()
+    options = (*spec.special, *further)
+    if options or spec.model_type not in FAMILIES:
+        what = ", ".join(options) or "a family that the format does not know"
         raise UnsupportedOptionError(
             f"the model has {what}, which TensorRT-LLM's unified checkpoint is not written with; "
             f"choose --target hf"
@@ -195,7 +200,9 @@ def attention(name: str, weights: Attention, shard: Shard) -> Iterator[Part]:
     q, k, v = weights.q, weights.k, weights.v
     rows = (shard.query_heads(q.weight), shard.kv_heads(k.weight), shard.kv_heads(v.weight))
     weight = cat(*(flat_rows(part, part.ndim - 1) for part in rows))
-    yield Part(f"{name}.qkv.weight", weight, group=f"{name}.qkv")
+    # One scale for keys and values.
+    cache = CacheScale(f"{name}.kv_cache_scaling_factor", (1,), ("k", "v"))
+    yield Part(f"{name}.qkv.weight", weight, group=f"{name}.qkv", cache=cache)
     if q.bias is not None and k.bias is not None and v.bias is not None:
         biases = (shard.query_heads(q.bias), shard.kv_heads(k.bias), shard.kv_heads(v.bias))
         yield Part(f"{name}.qkv.bias", cat(*(flat_rows(part, part.ndim) for part in biases)))

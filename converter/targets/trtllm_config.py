@@ -6,7 +6,7 @@ Reimplemented because the package cannot be installed everywhere: `pad_vocab_siz
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from ..model import ModelSpec
@@ -77,7 +77,9 @@ def pp_layers(num_layers: int, pp_size: int, stage: int) -> range:
     return range(start, start + base + (stage < more))
 
 
-def config(spec: ModelSpec, recipe: Recipe, vocab_size: int) -> dict[str, object]:
+def config(
+    spec: ModelSpec, recipe: Recipe, vocab_size: int, unquantised: Sequence[str] = ()
+) -> dict[str, object]:
     """The contents of `config.json`. `vocab_size` is the tokenizer's, without padding."""
     family = FAMILIES[spec.model_type]
     values: dict[str, object] = {
@@ -101,7 +103,7 @@ def config(spec: ModelSpec, recipe: Recipe, vocab_size: int) -> dict[str, object
         "embedding_sharding_dim": 0,
         "share_embedding_table": spec.share_embeddings_and_output_weights,
         "mapping": _mapping(recipe),
-        "quantization": trtllm_quantization(recipe),
+        "quantization": trtllm_quantization(recipe, unquantised),
     }
     return values | _positions(spec) | _experts(spec) | _blocks(spec) | dict(family.extra)
 

@@ -30,6 +30,7 @@ from fuseport.converter.errors import (
 )
 from fuseport.converter.fact_names import MODEL_TYPES, REFUSED
 from fuseport.converter.model import GIVEN, KINDS
+from fuseport.converter.targets.table import TARGETS
 from fuseport.converter.targets.trtllm_config import FAMILIES, config
 
 FC1 = "decoder.layers.mlp.linear_fc1.weight"
@@ -138,6 +139,7 @@ SENSE: dict[str, list[object]] = {
     "rotary_percent": [1.5, 10**30],
     "rope_scaling_factor": [1.5, 10**30],
     "seq_len_interpolation_factor": [1.5, 10**30],
+    "moe_router_topk_scaling_factor": [1.5, 10**30],
     "blocks": [""],
     "moe_layers": [""],
     "heterogeneous_layers_config_encoded_json": [""],
@@ -258,7 +260,7 @@ def test_block_configs_that_make_no_sense(text: str) -> None:
 
 def test_every_field_has_a_kind_and_every_type_a_family() -> None:
     assert list(KINDS) == list(ModelSpec.__dataclass_fields__)
-    assert set(MODEL_TYPES) == set(FAMILIES)
+    assert set(MODEL_TYPES) == {*FAMILIES, "deepseek_v3"}
 
 
 def test_facts_of_the_user_alone(tmp_path: Path) -> None:
@@ -441,8 +443,20 @@ def test_llama_3_rope_scaling_reaches_the_config(source: Path) -> None:
 
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("moe_router_score_function", "sigmoid"), ("softmax_type", "learnable")],
+    [
+        ("moe_router_score_function", "sigmoid"),
+        ("moe_router_num_groups", 2),
+        ("moe_router_topk_scaling_factor", 2.5),
+        ("multi_latent_attention", True),
+    ],
 )
-def test_options_of_which_one_value_is_handled(option: str, value: str) -> None:
-    with pytest.raises(UnsupportedOptionError, match=option):
-        ModelSpec.from_facts(FACTS | {option: value})
+def test_options_that_the_unified_checkpoint_cannot_say(option: str, value: object) -> None:
+    latent = {"qk_pos_emb_head_dim": 4, "rope_type": "rope"}
+    spec = ModelSpec.from_facts(FACTS | latent | {option: value})
+    with pytest.raises(UnsupportedOptionError, match=f"the model has {option}"):
+        TARGETS["trtllm"].check(spec, Recipe())
+
+
+def test_an_option_of_which_one_value_is_handled() -> None:
+    with pytest.raises(UnsupportedOptionError, match="softmax_type"):
+        ModelSpec.from_facts(FACTS | {"softmax_type": "learnable"})

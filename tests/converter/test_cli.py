@@ -25,7 +25,10 @@ MAIN = "from fuseport.converter.cli import main; main()"
 # The same, but it stops for a while at the first tensor, and says so. In short sleeps: a signal
 # that the system hands to another thread does not wake this one, which is what acts on it.
 SLOW = """
-import sys, time
+import signal, sys, time
+# A test run in the background ignores some, and its children would too.
+for one in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(one, signal.default_int_handler)
 from pathlib import Path
 from fuseport.converter.writer import Writer
 def write(self, *args):
@@ -153,7 +156,7 @@ def test_profile_and_report(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    printed, _ = run("convert", source, "out", "--profile")
+    printed, _ = run("convert", source, "out", "--timings")
     assert all(name in printed for name in STAGES)
     report = json.loads(run("verify", "out", "--source", source, "--json")[0])
     assert report["verified"] is True

@@ -65,8 +65,12 @@ def test_small_windows_give_the_same_bytes(
         assert contents(tmp_path / f"{layout}_small") == contents(tmp_path / layout)
 
 
-@pytest.mark.parametrize("quant", ["none", "fp8", "fp8-row", "fp8-block"])
-@pytest.mark.parametrize("name", ["llama", "mixtral"])
+# The tiny Mixtral's experts have rows that NVFP4 cannot hold.
+ROW_FORMATS = ["none", "fp8", "fp8-row", "fp8-block"]
+PAIRS = [(name, quant) for name in ("llama", "mixtral") for quant in ROW_FORMATS]
+
+
+@pytest.mark.parametrize(("name", "quant"), [*PAIRS, ("llama", "nvfp4")])
 def test_small_windows_and_many_files(
     name: str, quant: str, megatron_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +81,18 @@ def test_small_windows_and_many_files(
     convert_checkpoint(source, tmp_path / "many", recipe)
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
     verify_checkpoint(tmp_path / "many", source)
+
+
+def test_errors_are_summed_up_over_windows(
+    megatron_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, recipe = megatron_run("llama").checkpoint("stacked"), Recipe(target="hf", quant="fp8")
+    whole = convert_checkpoint(source, tmp_path / "one", recipe, measure=True)
+    narrow(monkeypatch, 48 << 10)
+    cut = convert_checkpoint(source, tmp_path / "many", recipe, measure=True)
+    assert len(whole.relative_errors) > 10
+    assert cut.relative_errors == pytest.approx(whole.relative_errors, rel=1e-6)
+    assert cut.snr_db == pytest.approx(whole.snr_db, rel=1e-6)
 
 
 def test_a_group_larger_than_a_window_is_measured_first(tmp_path: Path) -> None:

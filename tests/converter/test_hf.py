@@ -87,6 +87,8 @@ REFUSED = {
     "gemma3": "sliding_window",
     "deepseek": "multi_latent_attention",
     "gpt_oss": "softmax_type",
+    "granite": "embedding_multiplier",
+    "stablelm": "a family that the format does not know",
 }
 
 
@@ -120,19 +122,51 @@ def test_experts_in_two_tensors_are_read(name: str, saved: Saved, tmp_path: Path
     assert all(torch.equal(before[key], after[key]) for key in before)
 
 
-def test_layers_that_predict_further_tokens_are_dropped(saved: Saved, tmp_path: Path) -> None:
-    source, model = saved("deepseek")
-    other, out = tmp_path / "other", tmp_path / "out"
+def with_further_layer(source: Path, other: Path) -> dict[str, torch.Tensor]:
+    """Write a checkpoint with a layer behind the last one; its tensors."""
     other.mkdir()
     state = all_tensors(source)
     extra = {
-        key.replace("layers.2.", "layers.3."): value.clone()
+        key.replace("layers.2.", "layers.3."): value + 1
         for key, value in state.items()
         if "layers.2." in key
     }
+    own = {
+        "embed_tokens": (61, 32), "enorm": (32,), "hnorm": (32,), "eh_proj": (32, 64),
+        "shared_head.norm": (32,), "shared_head.head": (61, 32),
+    }  # fmt: skip
+    for number, (name, shape) in enumerate(own.items()):
+        size = torch.Size(shape)
+        extra[f"model.layers.3.{name}.weight"] = torch.arange(size.numel()).view(size) + number / 8
     save_file(state | extra, other / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "num_nextn_predict_layers": 1}))
+    return extra
+
+
+def test_layers_that_predict_further_tokens_are_kept(saved: Saved, tmp_path: Path) -> None:
+    other, out = tmp_path / "other", tmp_path / "out"
+    extra = with_further_layer(saved("deepseek")[0], other)
+    recipe = Recipe(target="hf", dtype="float32", mtp="keep")
+    convert_checkpoint(other, out, recipe)
+    verify_checkpoint(out, other)
+    before, after = all_tensors(other), all_tensors(out)
+    assert set(extra) < set(after) == set(before)
+    assert all(torch.equal(before[key], after[key]) for key in before)
+    assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 1
+    with pytest.raises(UnsupportedOptionError, match="layers that predict further tokens"):
+        plan_checkpoint(other, Recipe(mtp="keep"))
+    with pytest.raises(FuseportError, match=r"embedding of its own with 61 rows"):
+        plan_checkpoint(other, recipe, {"vocab_size": 60})
+    # The number alone is no layer.
+    path, _ = saved("deepseek")
+    assert not plan_checkpoint(path, recipe).spec.further_layers
+
+
+def test_layers_that_predict_further_tokens_are_dropped(saved: Saved, tmp_path: Path) -> None:
+    source, model = saved("deepseek")
+    other, out = tmp_path / "other", tmp_path / "out"
+    extra = with_further_layer(source, other)
     plan = plan_checkpoint(other, Recipe(target="hf", dtype="float32"))
     assert set(plan.source.ignored) == set(extra)
     convert_checkpoint(plan, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ from fuseport.converter.hf_family import packaged
 from fuseport.converter.targets.hf_config import hf_config
 
 Runs = Callable[..., Run]
-LAID_OUT = ("llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "nemotron")
+LAID_OUT = (
+    "llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "nemotron", "gemma_plain", "deepseek",
+    "deepseek_whole_q",
+)  # fmt: skip
 LAYOUTS = [(name, layout) for name in LAID_OUT for layout in BY_NAME[name].layouts]
 
 
@@ -42,6 +46,8 @@ def error(out: Path, run: Run) -> float:
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
 def test_megatrons_logits(name: str, layout: str, megatron_run: Runs, tmp_path: Path) -> None:
+    if name == "deepseek_whole_q" and sys.version_info >= (3, 12):
+        pytest.skip("Megatron-Core 0.19 builds it with Transformer Engine's linears only")
     run, out = megatron_run(name), tmp_path / "out"
     source = run.checkpoint(layout)
     convert_checkpoint(source, out, Recipe(target="hf", dtype="float32", shard_size=50_000))
@@ -167,3 +173,58 @@ def test_every_expert_goes_where_it_belongs() -> None:
         assert torch.equal(found[f"{name}w1.weight"], first[expert, :12])
         assert torch.equal(found[f"{name}w3.weight"], first[expert, 12:])
         assert torch.equal(found[f"{name}w2.weight"], second[expert])
+
+
+def test_what_deepseek_cannot_say_is_refused(megatron_run: Runs) -> None:
+    source = megatron_run("deepseek").checkpoint("per_layer")
+    for facts, match in (
+        ({"moe_router_topk": 2}, "sum of its two best"),
+        ({"moe_router_score_function": "softmax"}, "moe_router_score_function"),
+        ({"moe_layers": [True, False, True]}, "which layers have experts|linear_fc|router"),
+        ({"moe_shared_expert_intermediate_size": 30}, "linear_fc|shared"),
+        ({"model_type": "qwen3_moe"}, "no name"),
+    ):
+        with pytest.raises(FuseportError, match=match):
+            plan_checkpoint(source, Recipe(target="hf"), facts)
+    with pytest.raises(UnsupportedOptionError, match=r"the model has .*multi_latent_attention"):
+        plan_checkpoint(source, Recipe())
+
+
+def test_a_router_without_its_bias_is_refused(megatron_run: Runs) -> None:
+    run = megatron_run("deepseek")
+    state = {name: tensor for name, tensor in run.state().items() if "expert_bias" not in name}
+    spec = ModelSpec.from_facts(vars(megatron_args(run.case, 1, 1)))
+    with pytest.raises(UnsupportedOptionError, match="layer 1: the router has no expert bias"):
+        convert_state_dict(state, spec, Recipe(target="hf"))
+
+
+def test_every_row_of_latent_attention_goes_where_it_belongs(megatron_run: Runs) -> None:
+    """Also between matrices of one shape, and for every expert."""
+    run = megatron_run("deepseek")
+    state = {
+        name: coded(tensor.shape, number)
+        for number, (name, tensor) in enumerate(run.state().items())
+        if isinstance(tensor, torch.Tensor)
+    }
+    spec = ModelSpec.from_facts(vars(megatron_args(run.case, 1, 1)))
+    (found,) = convert_state_dict(state, spec, Recipe(target="hf", dtype="float32"))
+    same = {
+        "q_a_proj": "linear_q_down_proj", "q_a_layernorm": "q_layernorm",
+        "q_b_proj": "linear_q_up_proj", "kv_a_proj_with_mqa": "linear_kv_down_proj",
+        "kv_a_layernorm": "kv_layernorm", "kv_b_proj": "linear_kv_up_proj",
+        "o_proj": "linear_proj",
+    }  # fmt: skip
+    for layer in range(3):
+        for ours, theirs in same.items():
+            expected = state[f"decoder.layers.{layer}.self_attention.{theirs}.weight"]
+            assert torch.equal(found[f"model.layers.{layer}.self_attn.{ours}.weight"], expected)
+    mlp, theirs = "model.layers.2.mlp.", "decoder.layers.2.mlp."
+    assert torch.equal(found[f"{mlp}gate.weight"], state[f"{theirs}router.weight"])
+    bias = found[f"{mlp}gate.e_score_correction_bias"]
+    assert torch.equal(bias, state[f"{theirs}router.expert_bias"])
+    for expert in range(8):
+        first = state[f"{theirs}experts.local_experts.{expert}.linear_fc1.weight"]
+        assert torch.equal(found[f"{mlp}experts.{expert}.gate_proj.weight"], first[:20])
+        assert torch.equal(found[f"{mlp}experts.{expert}.up_proj.weight"], first[20:])
+    first = state[f"{theirs}shared_experts.linear_fc1.weight"]
+    assert torch.equal(found[f"{mlp}shared_experts.up_proj.weight"], first[40:])

@@ -22,11 +22,13 @@ from fuseport.converter import (
     convert_state_dict,
     verify_checkpoint,
 )
+from fuseport.converter.checkpoint import file_digest
 from fuseport.converter.errors import RecipeError, VerificationError
 from fuseport.converter.limits import Limits
 from fuseport.kernels.codecs import (
     dequantise_blocks,
     dequantise_mx,
+    dequantise_nvfp4,
     dequantise_rows,
     dequantise_tensor,
 )
@@ -35,23 +37,26 @@ Runs = Callable[..., Run]
 State = dict[str, torch.Tensor]
 E4M3 = torch.float8_e4m3fn
 # quant → the scales' name, and what the codes stand for.
-HF: dict[str, tuple[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
+HF: dict[str, tuple[str, Callable[..., torch.Tensor]]] = {
     "fp8": ("weight_scale", dequantise_tensor),
     "fp8-row": ("weight_scale", lambda codes, scale: dequantise_rows(codes, scale.view(-1))),
     "fp8-block": ("weight_scale_inv", dequantise_blocks),
     "mxfp8": ("weight_scale", dequantise_mx),
+    "nvfp4": ("weight_scale", dequantise_nvfp4),
 }
 # Relative error of the logits of tiny random models: a bound that each scheme keeps.
-BOUND = {"fp8": 0.15, "fp8-row": 0.15, "fp8-block": 0.15, "mxfp8": 0.15}
+BOUND = {"fp8": 0.15, "fp8-row": 0.15, "fp8-block": 0.15, "mxfp8": 0.15, "nvfp4": 0.5}
 
 
-# The models' second matrices have rows that no 32 divides.
-NARROW = {"llama": "*.down_proj", "mixtral": "*.w2"}
+# The models' second matrices have rows that no 32 divides; Mixtral's, that no 16 does.
+NARROW = {
+    ("llama", "mxfp8"): "*.down_proj", ("mixtral", "mxfp8"): "*.w2", ("mixtral", "nvfp4"): "*.w2"
+}  # fmt: skip
 
 
 def hf_recipe(name: str, quant: str) -> Recipe:
-    exclude = ("lm_head", NARROW[name]) if quant == "mxfp8" else ("lm_head",)
-    return Recipe(target="hf", quant=quant, exclude=exclude)
+    narrow = NARROW.get((name, quant))
+    return Recipe(target="hf", quant=quant, exclude=("lm_head", *([narrow] if narrow else ())))
 
 
 def load(directory: Path) -> State:
@@ -63,11 +68,11 @@ def dequantised(tensors: State, suffix: str, decode: Callable[..., torch.Tensor]
     """The tensors in fp32, without scales."""
     result = {}
     for name, tensor in tensors.items():
-        module, _, kind = name.rpartition(".")
-        if kind == suffix:
-            continue
-        is_code = tensor.dtype is E4M3
-        result[name] = decode(tensor, tensors[f"{module}.{suffix}"]) if is_code else tensor.float()
+        module = name.rpartition(".")[0]
+        places = [f"{module}.{one}" for one in (suffix, "weight_scale_2")]
+        scales = [tensors[place] for place in places if place in tensors]
+        if name not in places:
+            result[name] = decode(tensor, *scales) if scales else tensor.float()
     return result
 
 
@@ -159,6 +164,54 @@ def test_codes_do_not_depend_on_the_batches(
     for name in one:
         bits = [tensors[name].reshape(-1).view(torch.uint8) for tensors in (one, many)]
         assert torch.equal(*bits), name
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_nvfp4_is_stored_as_its_loaders_read_it(
+    name: str, megatron_run: Runs, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    recipe = hf_recipe(name, "nvfp4")
+    convert_checkpoint(megatron_run(name).checkpoint("per_layer"), out, recipe)
+    tensors = load(out)
+    layer, (first, second) = "model.layers.1.", {
+        "llama": ("mlp.gate_proj", "mlp.up_proj"),
+        "mixtral": ("block_sparse_moe.experts.2.w1", "block_sparse_moe.experts.2.w3"),
+    }[name]  # fmt: skip
+    rows = BY_NAME[name].ffn if name == "llama" else BY_NAME[name].moe_ffn
+    gate = layer + first
+    kinds = [(tensors[f"{gate}.{part}"].dtype, tuple(tensors[f"{gate}.{part}"].shape))
+             for part in ("weight", "weight_scale", "weight_scale_2")]  # fmt: skip
+    assert kinds == [
+        (torch.uint8, (rows, 16)), (E4M3, (rows, 2)), (torch.float32, ())
+    ]  # fmt: skip
+    attention = [f"{layer}self_attn.{part}_proj" for part in "qkv"]
+    for fused in (attention, [gate, layer + second]):
+        assert len({float(tensors[f"{one}.weight_scale_2"]) for one in fused}) == 1
+        # The block with the largest weight of the group has the largest e4m3 scale.
+        assert max(float(tensors[f"{one}.weight_scale"].float().max()) for one in fused) == 448.0
+    stated = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
+    assert (stated["quant_algo"], stated["group_size"]) == ("NVFP4", 16)
+
+
+@pytest.mark.parametrize("quant", HF)
+def test_structure_names_a_scale_that_is_missing(
+    quant: str, megatron_run: Runs, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    convert_checkpoint(
+        megatron_run("llama").checkpoint("per_layer"), out, hf_recipe("llama", quant)
+    )
+    lost = f"model.layers.1.self_attn.o_proj.{HF[quant][0]}"
+    index = out / "model.safetensors.index.json"
+    settings = json.loads(index.read_text())
+    del settings["weight_map"][lost]
+    index.write_text(json.dumps(settings))
+    sizes = json.loads((out / "fuseport-manifest.json").read_text())
+    sizes["files"][index.name] = {"bytes": index.stat().st_size, "xxh3_128": file_digest(index)}
+    (out / "fuseport-manifest.json").write_text(json.dumps(sizes))
+    with pytest.raises(VerificationError, match=f"no file holds {lost}"):
+        verify_checkpoint(out)
 
 
 def test_scales_of_rows_do_not_depend_on_tp(megatron_run: Runs) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +15,14 @@ from fuseport_testing import te_states as te
 from safetensors.torch import save_file
 
 from fuseport.converter.errors import CorruptSourceError, ScaleError, SourceError
+from fuseport.converter.hf_family import packaged
 from fuseport.converter.scales import MAX_FILE_BYTES, ModuleScales, ScaleTable, read_scales
-from fuseport.converter.te_scales import Linear, from_te_states
+from fuseport.converter.te_scales import (
+    Linear,
+    family_modules,
+    from_te_states,
+    unified_modules,
+)
 
 DOWN = "model.layers.3.mlp.down_proj"
 
@@ -156,6 +164,10 @@ def test_other_files_are_named(tmp_path: Path) -> None:
         read_scales(tmp_path / "big.json")
 
 
+NAMES: dict[str, Callable[[Linear], list[str]]] = {
+    "trtllm": unified_modules,
+    "hf": partial(family_modules, packaged()["llama"]),
+}
 LAYER = "module.decoder.layers.7."
 
 
@@ -181,7 +193,7 @@ def test_a_dense_layer() -> None:
         + [f"mlp.{one}_proj" for one in ("gate", "up", "down")],
     }
     for target, prefix in (("trtllm", "transformer.layers.7."), ("hf", "model.layers.7.")):
-        table = found.table(target)
+        table = found.table(NAMES[target])
         assert [table.module(prefix + part) for part in parts[target]] == [scales] * len(
             parts[target]
         )
@@ -213,12 +225,12 @@ def test_experts(form: str) -> None:
     each = [ModuleScales(fp32(1 / (20 + 10 * e)), fp32(1 / (2 + e))) for e in range(3)]
     linears = [Linear(7, "mlp.experts.linear_fc1", expert) for expert in range(3)]
     assert found.linears == dict(zip(linears, each, strict=True))
-    table = found.table("hf")
+    table = found.table(partial(family_modules, packaged()["qwen3_moe"]))
     for expert, scales in enumerate(each):
         for part in ("gate_proj", "up_proj"):
             assert table.module(f"model.layers.7.mlp.experts.{expert}.{part}") == scales
     # One module, one scale: the one with which no expert saturates.
-    assert found.table("trtllm").module("transformer.layers.7.mlp.fc") == each[0]
+    assert found.table(NAMES["trtllm"]).module("transformer.layers.7.mlp.fc") == each[0]
 
 
 def test_a_missing_piece_is_named() -> None:

@@ -10,6 +10,7 @@ import torch
 
 from fuseport.kernels.fused_copy import FusedCopy, fused_copy
 from fuseport.kernels.move import GivenScale, Move
+from fuseport.kernels.quant import BlockScale, TensorScale
 from fuseport.kernels.reference import fused_copy_ref
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -188,3 +189,33 @@ def test_more_than_two_billion_elements() -> None:
 @pytest.mark.skipif(DEVICE == "cuda", reason="a GPU runs the kernels natively")
 def test_without_a_gpu_the_interpreter_is_what_ran() -> None:
     assert os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def test_a_batch_follows_sources_that_moved() -> None:
+    """Straight, staged (the block's rows are not contiguous) and grouped moves, in place."""
+    flat = torch.randn(4, 200, 64, device=DEVICE)
+    codes = torch.empty(200, 32, dtype=torch.float8_e4m3fn, device=DEVICE)
+    scales = torch.empty(2, 1, device=DEVICE)
+
+    def moves(sources: torch.Tensor) -> list[Move]:
+        return [
+            Move(plain, sources[0]),
+            Move(codes, sources[1][:, ::2], 0.0, BlockScale(scales, 32)),
+            Move(whole, sources[2], 0.0, TensorScale(scale, amax)),
+        ]
+
+    plain = torch.empty(200, 64, device=DEVICE)
+    whole = torch.empty(200, 64, dtype=torch.float8_e4m3fn, device=DEVICE)
+    scale, amax = torch.empty(1, device=DEVICE), torch.empty(1, device=DEVICE)
+    batch = FusedCopy(moves(flat))
+    batch.run()
+    other = torch.randn_like(flat)
+    assert batch.follow(moves(other))
+    batch.run()
+    results = (plain, codes, scales, whole, scale)
+    found = [bits(one).clone() for one in results]
+    fused_copy_ref(moves(other))
+    for one, expected in zip(found, results, strict=True):
+        assert torch.equal(one, bits(expected))
+    odd = torch.zeros(flat.numel() + 1, device=DEVICE)[1:].view(flat.shape)
+    assert not batch.follow(moves(odd))

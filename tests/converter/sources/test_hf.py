@@ -164,8 +164,9 @@ HEADERS: dict[str, tuple[bytes, type[FuseportError], str]] = {
     "dtype": (spoilt(Q, dtype="F33"), SourceError, "dtype 'F33', which is not known"),
     "no dtype": (spoilt(Q, dtype=None), SourceError, "dtype None, which is not known"),
     "a list": (spoilt(Q, dtype=["F32"]), SourceError, "not known"),
-    "fp8": (spoilt(Q, dtype="F8_E4M3"), UnsupportedOptionError, f"'{Q}' is F8_E4M3"),
-    "packed": (spoilt(Q, dtype="U8"), UnsupportedOptionError, f"'{Q}' is U8"),
+    "fp8": (spoilt(Q, dtype="F8_E5M2"), UnsupportedOptionError, f"'{Q}' is F8_E5M2"),
+    "packed": (spoilt(Q, dtype="F4"), UnsupportedOptionError, f"'{Q}' is F4"),
+    "bytes": (spoilt(Q, dtype="U8", shape=[256]), ModelError, Q),
 }  # fmt: skip
 
 
@@ -204,8 +205,8 @@ def test_longer_file(tmp_path: Path) -> None:
 
 
 def test_quantised_sources_are_refused(tmp_path: Path) -> None:
-    source = write_hf_tiny(tmp_path / "s", quantization_config={"quant_method": "fp8"})
-    refused(source, UnsupportedOptionError, "quantization_config")
+    source = write_hf_tiny(tmp_path / "s", quantization_config={"quant_method": "mxfp4"})
+    refused(source, UnsupportedOptionError, "quant_method: 'mxfp4'.* is not read")
     other = write_hf_tiny(tmp_path / "t")
     tensors = tiny_tensors()
     name = Q.replace("weight", "weight_scale_inv")

@@ -17,8 +17,8 @@ class Case:
     """A small model: its architecture as TensorRT-LLM names it, and its sizes and options.
 
     `vocab` is the tokenizer's size, `padded_vocab` the rows that Megatron stores. `moe_layers` has
-    one flag a layer (None: all layers are alike). `activation` is `silu`, `gelu` or
-    `squared_relu`; `gated` doubles the first MLP matrix.
+    one flag a layer (None: all layers are alike). `activation` is `silu`, `gelu`,
+    `fast_gelu` (tanh) or `squared_relu`; `gated` doubles the first MLP matrix.
     """
 
     name: str
@@ -51,6 +51,9 @@ class Case:
     shared_ffn: int | None = None
     shared_gate: bool = False
     moe_layers: tuple[int, ...] | None = None
+    # Further fields of Megatron's configuration, by name, as its arguments have them.
+    latent: tuple[tuple[str, object], ...] = ()
+    router: tuple[tuple[str, object], ...] = ()
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer (counted over the whole model) has experts."""
@@ -96,9 +99,19 @@ CASES: tuple[Case, ...] = (
         "GemmaForCausalLM",
         query_groups=2,
         kv_channels=16,
-        activation="gelu",
+        activation="fast_gelu",
         zero_centered=True,
         qk_layernorm=True,
+        tied=True,
+    ),
+    Case(
+        "gemma_plain",
+        "GemmaForCausalLM",
+        query_groups=2,
+        kv_channels=16,
+        activation="fast_gelu",
+        zero_centered=True,
+        eps=1e-6,
         tied=True,
     ),
     Case(
@@ -133,7 +146,47 @@ CASES: tuple[Case, ...] = (
     ),
 )
 
-BY_NAME = {case.name: case for case in CASES}
+_LATENT = (
+    ("multi_latent_attention", True), ("kv_lora_rank", 14), ("qk_head_dim", 6),
+    ("qk_pos_emb_head_dim", 8), ("v_head_dim", 10),
+)  # fmt: skip
+_SIGMOID = (("moe_router_score_function", "sigmoid"), ("moe_router_enable_expert_bias", True))
+# DeepSeek-like: no unified checkpoint holds these.
+LATENT_CASES = (
+    Case(
+        "deepseek",
+        "DeepseekV3ForCausalLM",
+        eps=1e-6,
+        qk_layernorm=True,
+        experts=8,
+        topk=4,
+        moe_ffn=20,
+        shared_ffn=40,
+        moe_layers=(0, 1, 1),
+        latent=(
+            *_LATENT, ("q_lora_rank", 16), ("rope_type", "yarn"), ("rotary_scaling_factor", 4.0),
+            ("original_max_position_embeddings", 16), ("mscale", 1.0), ("mscale_all_dim", 0.7),
+        ),
+        router=(
+            *_SIGMOID, ("moe_router_num_groups", 4), ("moe_router_group_topk", 2),
+            ("moe_router_topk_scaling_factor", 2.5),
+        ),
+    ),
+    Case(
+        "deepseek_whole_q",
+        "DeepseekV3ForCausalLM",
+        eps=1e-6,
+        qk_layernorm=True,
+        layers=2,
+        experts=4,
+        moe_ffn=20,
+        shared_ffn=20,
+        latent=(*_LATENT, ("q_lora_rank", None), ("rope_type", "rope")),
+        router=_SIGMOID,
+    ),
+)  # fmt: skip
+
+BY_NAME = {case.name: case for case in (*CASES, *LATENT_CASES)}
 
 
 def some_tokens(case: Case, batch: int = 2, length: int = 7) -> torch.Tensor:
@@ -147,6 +200,8 @@ def megatron_args(case: Case, tp: int, pp: int) -> Namespace:
     return Namespace(
         **_architecture_args(case),
         **_expert_args(case),
+        **dict(case.latent),
+        **dict(case.router),
         padded_vocab_size=case.padded_vocab,
         vocab_size=case.vocab,
         params_dtype=torch.float32,
@@ -190,9 +245,9 @@ def _architecture_args(case: Case) -> dict[str, object]:
         "max_position_embeddings": case.positions,
         "untie_embeddings_and_output_weights": not case.tied,
     }
-    if case.gated and case.activation == "gelu":
+    if case.gated and "gelu" in case.activation:
         # Megatron-LM has no flag for geglu: the two fields of the model's own config say it.
-        facts |= {"gated_linear_unit": True, "activation_func": "gelu"}
+        facts |= {"gated_linear_unit": True, "activation_func": case.activation}
     return facts
 
 

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from .cases import Case
 
-_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "squared_relu": "squared-relu"}
+_ACTIVATIONS = {"silu": "silu", "gelu": "gelu", "fast_gelu": "gelu", "squared_relu": "squared-relu"}
 
 
 def trtllm_config(

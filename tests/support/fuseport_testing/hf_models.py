@@ -70,10 +70,17 @@ CASES = (
         {**EXPERTS, "head_dim": 8, "norm_topk_prob": True, "shared_expert_intermediate_size": 40},
         unified=True,
     ),
-    HfCase("gemma", "gemma"),
+    HfCase("gemma", "gemma", unified=True),
     HfCase("gemma2", "gemma2", {"sliding_window": 3}),
     HfCase("gemma3", "gemma3_text", {"sliding_window": 3}),
     HfCase("nemotron", "nemotron", {"head_dim": 8}, unified=True),
+    HfCase("stablelm", "stablelm", {"head_dim": 8, "use_qkv_bias": True}),
+    HfCase(
+        "granite",
+        "granite",
+        {"head_dim": 8, "attention_bias": True, "embedding_multiplier": 3.0,
+         "residual_multiplier": 0.5, "attention_multiplier": 0.3, "logits_scaling": 4.0},
+    ),
     HfCase("deepseek", "deepseek_v3", {**DEEPSEEK, "q_lora_rank": 16}),
     HfCase("deepseek_whole_q", "deepseek_v3", {**DEEPSEEK, "q_lora_rank": None}),
     HfCase(
@@ -134,3 +141,14 @@ def load(path: Path, dtype: torch.dtype = torch.float32) -> Any:
         info
     )
     return model.eval()
+
+
+def wide(case: HfCase) -> HfCase:
+    """A case whose linears have rows that MXFP8's 32 divides."""
+    sizes: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 96, "head_dim": 16}
+    wider = {
+        "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64, "kv_lora_rank": 32,
+        "q_lora_rank": 32, "qk_rope_head_dim": 16, "qk_nope_head_dim": 16, "v_head_dim": 16,
+    }  # fmt: skip
+    sizes |= {name: size for name, size in wider.items() if case.options.get(name) is not None}
+    return HfCase(case.name, case.model_type, {**case.options, **sizes}, case.unified)

@@ -35,7 +35,7 @@ def main() -> None:
     code = "from fuseport.converter.cli import main; main()"
     begin = time.monotonic()
     run = subprocess.Popen(
-        [sys.executable, "-c", code, "convert", source, directory / "out", "--profile", *options]
+        [sys.executable, "-c", code, "convert", source, directory / "out", "--timings", *options]
     )
     peaks: dict[str, int] = {}
     while run.poll() is None:

@@ -7,12 +7,14 @@ parallel layout of a case is a slicing of the same model. All values are exact i
 from __future__ import annotations
 
 import contextlib
+import math
 import queue
 import re
 import threading
 import warnings
 import zlib
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -26,17 +28,22 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     import megatron.core.dist_checkpointing.strategies.filesystem_async as filesystem_async
     import megatron.core.transformer.moe.moe_utils as moe_utils
+    import megatron.core.transformer.multi_latent_attention as multi_latent_attention
     from megatron.core import parallel_state
     from megatron.core.activations import squared_relu
     from megatron.core.models.gpt import GPTModel
     from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
-    from megatron.core.transformer.transformer_config import TransformerConfig
+    from megatron.core.transformer.transformer_config import (
+        MLATransformerConfig,
+        TransformerConfig,
+    )
     from megatron.core.transformer.transformer_layer import TransformerLayer
 
 ACTIVATIONS = {
     "silu": torch.nn.functional.silu,
     "gelu": torch.nn.functional.gelu,
+    "fast_gelu": partial(torch.nn.functional.gelu, approximate="tanh"),
     "squared_relu": squared_relu,
 }
 
@@ -74,6 +81,8 @@ def megatron_on_cpu() -> Iterator[None]:
         stack.enter_context(patch(filesystem_async, "_process_memory", lambda: 0))
         # 0.16.1 names this without having imported it when Transformer Engine is missing.
         stack.enter_context(patch(moe_utils, "te_general_gemm", None, create=True))
+        # It takes Transformer Engine to be there whenever its own wrappers can be imported.
+        stack.enter_context(patch(multi_latent_attention, "HAVE_TE", False, create=True))
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
         # Some activation functions are compiled, which takes longer than all the rest.
@@ -100,6 +109,33 @@ class PlusOneNorm(torch.nn.Module):
         return torch.nn.functional.layer_norm(x, shape, gamma, self.bias, self.eps)
 
 
+class LatentCore(torch.nn.Module):
+    """Causal attention whose values are of another size than its keys.
+
+    Megatron's own for the CPU has one size; that of Transformer Engine needs a GPU. Projections,
+    norms and rotary positions stay Megatron's.
+    """
+
+    def __init__(self, softmax_scale: float, **_: object) -> None:
+        super().__init__()
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **_: object,
+    ) -> torch.Tensor:
+        """query, key [S, B, N, K], value [S, B, N, V] → [S, B, N · V]."""
+        q, k, v = (part.permute(1, 2, 0, 3) for part in (query, key, value))
+        scores = q @ k.mT * self.scale
+        later = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        mixed = scores.masked_fill(later, -torch.inf).softmax(-1) @ v
+        return mixed.permute(2, 0, 1, 3).flatten(2)
+
+
 class ParallelLayer(TransformerLayer):  # type: ignore[misc]
     """Falcon's layer: attention and MLP both read the layer's input, each through its own norm."""
 
@@ -123,7 +159,8 @@ def config_of(case: Case, tp: int, pp: int) -> Any:
     experts = _expert_config(case) if case.experts else {}
     # An uneven split is given by the first stage's size; the others are equal.
     uneven = pp > 1 and case.layers % pp != 0
-    return TransformerConfig(
+    kind = MLATransformerConfig if case.latent else TransformerConfig
+    return kind(
         num_layers=case.layers,
         hidden_size=case.hidden,
         ffn_hidden_size=case.ffn,
@@ -151,7 +188,13 @@ def config_of(case: Case, tp: int, pp: int) -> Any:
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
         **experts,
+        **_latent_config(case),
     )
+
+
+def _latent_config(case: Case) -> dict[str, Any]:
+    """Multi-latent attention, whose class has the base of rotary positions too."""
+    return {**dict(case.latent), "rotary_base": case.rotary_base} if case.latent else {}
 
 
 def _expert_config(case: Case) -> dict[str, Any]:
@@ -164,6 +207,7 @@ def _expert_config(case: Case) -> dict[str, Any]:
         "moe_layer_freq": list(case.moe_layers) if case.moe_layers else 1,
         "moe_router_load_balancing_type": "none",
         "moe_token_dispatcher_type": "allgather",
+        **dict(case.router),
     }
 
 
@@ -186,6 +230,9 @@ def build(case: Case, tp: int, pp: int) -> Any:
         share_embeddings_and_output_weights=case.tied,
     ).eval()
     fill(model, case, tp)
+    if case.architecture == "GemmaForCausalLM" and model.pre_process:
+        # Training adds this to Megatron-Core, which has no option for it.
+        model.embedding.register_forward_hook(lambda _, __, out: out * math.sqrt(case.hidden))
     return model
 
 
@@ -194,6 +241,8 @@ def _layer_spec(case: Case, config: Any) -> Any:
         config, use_transformer_engine=False, normalization=case.normalization
     )
     for layer in spec.layer_specs:
+        if case.latent:
+            layer.submodules.self_attention.submodules.core_attention = LatentCore
         if case.parallel_attention:
             layer.module = ParallelLayer
         if case.zero_centered:
@@ -212,7 +261,7 @@ def fill(model: Any, case: Case, tp: int) -> None:
     first_layer = model.decoder.layers[0].layer_number - 1
     rank = parallel_state.get_tensor_model_parallel_rank()
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in [*model.named_parameters(), *_router_biases(model)]:
             axis = _shard_axis(name)
             whole_shape = list(parameter.shape)
             if axis is not None:
@@ -220,6 +269,11 @@ def fill(model: Any, case: Case, tp: int) -> None:
             whole = whole_weight(case, _global_name(name, first_layer, case), whole_shape)
             halves = 2 if case.gated and "linear_fc1" in name else 1
             parameter.copy_(_shard(whole, axis, halves, tp, rank))
+
+
+def _router_biases(model: Any) -> list[tuple[str, torch.Tensor]]:
+    """What balances the experts' load is a buffer."""
+    return [(name, tensor) for name, tensor in model.named_buffers() if "expert_bias" in name]
 
 
 def _global_name(name: str, first_layer: int, case: Case) -> str:

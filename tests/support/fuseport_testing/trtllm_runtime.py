@@ -3,7 +3,8 @@
 Each rank's file is used as that rank would use it: its own q, k and v heads, its own columns, a
 sum over ranks where the engine has an all-reduce. What every rank must hold alike is compared.
 Missing and unexpected tensors and wrong shapes are errors. One departure: `gelu` is exact as in
-Megatron, where the engine has the tanh approximation, for this checks where weights lie.
+Megatron, where the engine has the tanh approximation, for this checks where weights lie; Gemma's
+is that approximation on both sides.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,8 @@ class Stage:
         self.kv_heads: int = config.get("num_key_value_heads", self.heads)
         self.head_size: int = config.get("head_size", config["hidden_size"] // self.heads)
         self.activation = ACTIVATIONS[config["hidden_act"]]
+        if config["architecture"] == "GemmaForCausalLM":
+            self.activation = partial(gelu, approximate="tanh")
 
     def same(self, name: str) -> torch.Tensor | None:
         """What all ranks hold alike, or None where none has it."""
@@ -106,6 +110,8 @@ class Stage:
         """Token ids [B, S] → hidden states [B, S, H]."""
         words = self._table("transformer.vocab_embedding.weight", self.config["vocab_size"])
         hidden = words[tokens]
+        if self.config["architecture"] == "GemmaForCausalLM":
+            hidden = hidden * math.sqrt(self.config["hidden_size"])
         if self.config["position_embedding_type"] == "learned_absolute":
             length: int = self.config["max_position_embeddings"]
             positions = self._table("transformer.position_embedding.weight", length)

@@ -1,0 +1,162 @@
+"""How a target stores quantised weights: which tensors, of what shape, filled by which scheme.
+
+`FORMATS` is the table: target and `Recipe.quant` → the scheme and the names of its scales.
+Sources: the consumers' loaders. TensorRT-LLM's unified checkpoint (`weights_scaling_factor` and
+`activation_scaling_factor`, `per_channel_scale`); ModelOpt's FP8 and MXFP8 (`weight_scale`,
+`input_scale`) and NVFP4 (`weight_scale` of the blocks, `weight_scale_2`); compressed-tensors
+(`weight_scale` [out, 1]); the fp8 block format (`weight_scale_inv`, a dequant_scale despite its
+name).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from enum import Enum
+
+import torch
+
+from fuseport.kernels.quant import BlockScale, MxScale, NvScale, RowScale, Scheme, TensorScale
+
+from .errors import RecipeError
+from .layout import Shape
+from .recipe import Recipe
+from .targets.profiles import written
+
+
+@dataclass(frozen=True)
+class Place:
+    """A matrix's own scales (and second scale), its group's amax, its columns, a move's first row.
+
+    `second` is a tensor that nothing reads where the scheme has no second scale.
+    """
+
+    scale: torch.Tensor
+    second: torch.Tensor
+    amax: torch.Tensor
+    columns: int
+    first_row: int
+
+
+@dataclass(frozen=True)
+class ScaleTensor:
+    """`{module}.{suffix}` of `shape(rows, columns)`, after any experts."""
+
+    suffix: str
+    shape: Callable[[int, int], Shape]
+    dtype: torch.dtype = torch.float32
+
+
+class Static(Enum):
+    """Whether a target's loaders want static scales of activations."""
+
+    OPTIONAL = "without them activations are scaled as they come"
+    EXPECTED = "some loaders cannot do without"
+    NEEDED = "none can do without"
+
+
+@dataclass(frozen=True)
+class Format:
+    """One scheme as a target stores it: `elements_per_code` of a weight in one of its `codes`.
+
+    `input` is the static scale of the activations, one for all experts, where there is a place for
+    it. A weight's own scale may be given, instead of computed, if `takes_weight_scale`.
+    """
+
+    scale: ScaleTensor
+    make: Callable[[Place], Scheme]
+    codes: torch.dtype = torch.float8_e4m3fn
+    elements_per_code: int = 1
+    second: ScaleTensor | None = None
+    input: ScaleTensor | None = None
+    static: Static = Static.OPTIONAL
+    takes_weight_scale: bool = False
+
+
+def _tensor(at: Place) -> Scheme:
+    return TensorScale(at.scale.view(1), at.amax)
+
+
+def _row(at: Place) -> Scheme:
+    return RowScale(at.scale.view(-1), at.columns, at.first_row)
+
+
+def _block(at: Place) -> Scheme:
+    return BlockScale(at.scale, at.columns, at.first_row)
+
+
+def _mx(at: Place) -> Scheme:
+    return MxScale(at.scale, at.columns, at.first_row)
+
+
+def _nv(at: Place) -> Scheme:
+    return NvScale(at.scale, at.columns, at.first_row, second_scale=at.second.view(1), amax=at.amax)
+
+
+def _one(rows: int, columns: int) -> Shape:
+    return ()
+
+
+def _vector(rows: int, columns: int) -> Shape:
+    return (1,)
+
+
+def _blocks(rows: int, columns: int) -> Shape:
+    return -(-rows // 128), -(-columns // 128)
+
+
+def _pieces(size: int) -> Callable[[int, int], Shape]:
+    return lambda rows, columns: (rows, columns // size)
+
+
+# For target "hf", a profile may have another name and shape for the scales: see `profiles`.
+FORMATS: dict[tuple[str, str], Format] = {
+    ("trtllm", "fp8"): Format(
+        ScaleTensor("weights_scaling_factor", _vector),
+        _tensor,
+        input=ScaleTensor("activation_scaling_factor", _vector),
+        static=Static.NEEDED,
+        takes_weight_scale=True,
+    ),
+    ("trtllm", "fp8-row"): Format(ScaleTensor("per_channel_scale", lambda rows, _: (rows,)), _row),
+    ("hf", "fp8"): Format(
+        ScaleTensor("weight_scale", _one),
+        _tensor,
+        input=ScaleTensor("input_scale", _one),
+        takes_weight_scale=True,
+    ),
+    ("hf", "fp8-row"): Format(ScaleTensor("weight_scale", lambda rows, _: (rows, 1)), _row),
+    ("hf", "fp8-block"): Format(ScaleTensor("weight_scale_inv", _blocks), _block),
+    ("hf", "mxfp8"): Format(ScaleTensor("weight_scale", _pieces(32), torch.uint8), _mx),
+    ("hf", "nvfp4"): Format(
+        ScaleTensor("weight_scale", _pieces(16), torch.float8_e4m3fn),
+        _nv,
+        codes=torch.uint8,
+        elements_per_code=2,
+        second=ScaleTensor("weight_scale_2", _one),
+        input=ScaleTensor("input_scale", _one),
+        static=Static.EXPECTED,
+    ),
+}
+
+
+def format_of(recipe: Recipe) -> Format | None:
+    """The recipe's format; None if nothing is quantised.
+
+    Raises:
+        RecipeError: the target cannot hold the scheme, or its profile does not read it.
+    """
+    if recipe.quant == "none":
+        return None
+    found = FORMATS.get((recipe.target, recipe.quant))
+    if found is None:
+        fits = ", ".join(quant for target, quant in FORMATS if target == recipe.target)
+        raise RecipeError(
+            f"target {recipe.target!r} has no layout for weights quantised as {recipe.quant!r}; "
+            f"choose one of: none, {fits}"
+        )
+    if recipe.target != "hf":
+        return found
+    row = written(recipe)
+    scale = replace(found.scale, suffix=row.suffix, shape=row.shape)
+    return replace(found, scale=scale)

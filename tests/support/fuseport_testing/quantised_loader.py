@@ -1,0 +1,118 @@
+"""Loads a quantised Hugging Face checkpoint as an engine would: by what its settings say.
+
+Plain torch, and nothing of the package: codes are widened by torch's own cast, scales are spread
+over the elements that they are for. A weight without scales, or a scale that no weight has used,
+is an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+State = dict[str, torch.Tensor]
+Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+SETTINGS = ("quantization_config",)
+
+
+def stored_tensors(directory: Path) -> State:
+    """Every tensor of a directory's files, as it lies there."""
+    files = sorted(directory.glob("*.safetensors"))
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def dequantised(directory: Path) -> State:
+    """The weights in fp32."""
+    tensors = stored_tensors(directory)
+    suffix, decode = how(directory)
+    scales = {name for name in tensors if name.endswith(suffix)}
+    result = {}
+    for name, tensor in tensors.items():
+        if tensor.dtype is torch.float8_e4m3fn:
+            scale = name.removesuffix(".weight") + suffix
+            scales.remove(scale)
+            assert tensors[scale].dtype in (torch.float32, torch.uint8), tensors[scale].dtype
+            result[name] = decode(tensor.float(), tensors[scale])
+        elif not name.endswith(suffix):
+            result[name] = tensor.float()
+    assert not scales, f"never used: {sorted(scales)}"
+    return result
+
+
+def how(directory: Path) -> tuple[str, Decode]:
+    """The ending of a scale's name, and what codes and scales mean."""
+    modelopt = directory / "hf_quant_config.json"
+    if modelopt.is_file():
+        said = json.loads(modelopt.read_text())
+        assert said["producer"]["name"] == "modelopt"
+        return ".weight_scale", MODELOPT[said["quantization"]["quant_algo"]]
+    said = json.loads((directory / "config.json").read_text())["quantization_config"]
+    if said["quant_method"] == "fp8":
+        assert said["weight_block_size"] == [128, 128]
+        return ".weight_scale_inv", _blocks
+    assert (said["quant_method"], said["format"]) == ("compressed-tensors", "float-quantized")
+    (group,) = said["config_groups"].values()
+    assert (group["weights"]["num_bits"], group["weights"]["type"]) == (8, "float")
+    return ".weight_scale", STRATEGIES[group["weights"]["strategy"]]
+
+
+def _scalar(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    assert scale.shape == (), scale.shape
+    return codes * scale
+
+
+def _one(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    assert scale.shape == (1,), scale.shape
+    return codes * scale
+
+
+def _tokens(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    assert scale.shape == (len(codes),), scale.shape
+    return codes * scale[:, None]
+
+
+def _channels(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    assert scale.shape == (len(codes), 1), scale.shape
+    return codes * scale
+
+
+def _blocks(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    assert scale.shape == tuple(math.ceil(size / 128) for size in codes.shape), scale.shape
+    rows, columns = (torch.arange(size) // 128 for size in codes.shape)
+    return codes * scale[rows][:, columns]
+
+
+def _mx(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    rows, columns = codes.shape
+    assert scale.shape == (rows, columns // 32)
+    factors = torch.exp2(scale.double() - 127).float()
+    return (codes.view(rows, -1, 32) * factors[..., None]).view(rows, columns)
+
+
+MODELOPT: dict[str, Decode] = {
+    "FP8": _scalar,
+    "FP8_PER_CHANNEL_PER_TOKEN": _tokens,
+    "MXFP8": _mx,
+}
+STRATEGIES: dict[str, Decode] = {"tensor": _one, "channel": _channels, "block": _blocks}
+
+
+def write_plain(directory: Path, out: Path) -> Path:
+    """The same model in fp32, as a checkpoint that says nothing of quantisation."""
+    out.mkdir()
+    config: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    for name in SETTINGS:
+        config.pop(name, None)
+    (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
+    if (directory / "generation_config.json").is_file():
+        shutil.copy(directory / "generation_config.json", out)
+    save_file(dequantised(directory), out / "model.safetensors", {"format": "pt"})
+    return out
