@@ -77,9 +77,7 @@ def convert_checkpoint(
     group: Group | None = None,
     check_source: bool = True,
 ) -> Report:
-    """Convert a checkpoint into what the recipe's target loads.
-
-    `out` appears whole, with a manifest, or not at all.
+    """Convert a checkpoint; `out` appears whole, with a manifest, or not at all.
 
     Args:
         source: a checkpoint's directory, or a plan.
