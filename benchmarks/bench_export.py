@@ -21,7 +21,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fuseport.converter import ModelSpec, Recipe, export_state_dict, verify_checkpoint
-from fuseport.converter.profile import Profile
+from fuseport.converter.timings import Timings
 from fuseport.kernels.move import GivenScale
 
 from .bench_dropin import megatron_converter, reference
@@ -81,13 +81,13 @@ def ours(own: ModelSpec, state: State, out: Path, recipe: Recipe, given: bool) -
     times: list[float] = []
     for _ in range(CALLS):
         shutil.rmtree(out, ignore_errors=True)
-        profile = Profile()
+        timings = Timings()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         times.append(
             seconds(
-                lambda p=profile: export_state_dict(  # type: ignore[misc]
-                    state, own, recipe, out, scales=scales, profile=p, sync=False
+                lambda p=timings: export_state_dict(  # type: ignore[misc]
+                    state, own, recipe, out, scales=scales, timings=p, sync=False
                 )
             )
         )
@@ -96,7 +96,7 @@ def ours(own: ModelSpec, state: State, out: Path, recipe: Recipe, given: bool) -
     shown = ", ".join(f"{one:.2f}" for one in times)
     print(f"fuseport, {recipe.target}, {files} files: {shown} s; fsync {fsync_seconds(out):.2f} s; "
           f"{extra / (1 << 20):.0f} MiB more on the GPU")  # fmt: skip
-    for name, stage in profile.stages.items():
+    for name, stage in timings.stages.items():
         print(f"    {name:10} busy {stage.seconds:6.2f} s {stage.nbytes / 1e9:6.2f} GB")
     verify_checkpoint(out)
     return times

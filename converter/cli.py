@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +23,8 @@ from .forecast import check_destination, forecast
 from .group import Group, joined
 from .limits import Limits, parse_size
 from .option_files import read_facts, read_family, read_scale_option
-from .profile import Profile
 from .recipe import MTP, PROFILES, SHARD_SIZE, USUAL_EXCLUDES, Recipe
+from .timings import Timings
 from .verify import verify_checkpoint
 
 app = typer.Typer(
@@ -135,17 +135,26 @@ def convert(
         backend, device, overwrite, resume, hf_assets, measure, check_source,
         Limits(parse_size(gpu_memory), parse_size(host_memory)),
     )  # fmt: skip
+    _carry_out(source, out, recipe, facts, options, dry_run=dry_run, timings=timings)
+
+
+def _carry_out(
+    source: Path, out: Path, recipe: Recipe, facts: Mapping[str, object], options: Options, *,
+    dry_run: bool, timings: bool,
+) -> None:  # fmt: skip
+    """Plan, say so, and convert, alone or as one of several processes."""
     with joined() as group:
         printer = console if group.rank == 0 else Console(quiet=True)
         plan = plan_checkpoint(source, recipe, facts)
         printer.print(show.plan_table(plan), *show.notes(plan))
         if dry_run:
-            check_destination(plan, out, overwrite=overwrite)
-            printer.print(show.forecast_text(forecast(plan, options.limits, device, group.size)))
+            check_destination(plan, out, overwrite=options.overwrite)
+            known = forecast(plan, options.limits, options.device, group.size)
+            printer.print(show.forecast_text(known))
             return
         times = _convert(plan, out, options, group, printer)
         if timings:
-            printer.print(show.profile_table(times))
+            printer.print(show.timings_table(times))
 
 
 @dataclass(frozen=True)
@@ -164,12 +173,12 @@ class Options:
 
 def _convert(
     plan: CheckpointPlan, out: Path, options: Options, group: Group, printer: Console
-) -> Profile:
+) -> Timings:
     """Convert with a bar and a report; the busy times."""
-    times = Profile()
+    times = Timings()
     with show.progress(printer, "converting", plan.nbytes) as advance:
         report = convert_checkpoint(
-            plan, out, profile=times, progress=advance, group=group, **vars(options)
+            plan, out, timings=times, progress=advance, group=group, **vars(options)
         )
     printer.print(show.report_text(report))
     return times

@@ -23,7 +23,6 @@ from .loads import SLACK
 from .manifest import identity, losses_of, manifest
 from .megatron_names import unwrapped
 from .model import ModelSpec
-from .profile import Profile
 from .publish import Partial, keep_apart, publish
 from .recipe import Recipe
 from .report import Report
@@ -34,6 +33,7 @@ from .state import check_complete, given_in_memory, read_stored, weights, zero_r
 from .stored_codes import tally
 from .targets.table import TARGETS
 from .targets.target import Task
+from .timings import Timings
 from .windows import windows
 from .writer import FileResult, Writer
 
@@ -51,7 +51,7 @@ class Job:
     resume: bool = False
     assets: Path | None = None
     limits: Limits = field(default_factory=Limits)
-    profile: Profile = field(default_factory=Profile)
+    timings: Timings = field(default_factory=Timings)
     progress: Progress = lambda nbytes: None
     group: Group = field(default_factory=Alone)
     check_source: bool = True
@@ -72,7 +72,7 @@ def convert_checkpoint(
     assets: Path | None = None,
     measure: bool = False,
     limits: Limits | None = None,
-    profile: Profile | None = None,
+    timings: Timings | None = None,
     progress: Progress = lambda nbytes: None,
     group: Group | None = None,
     check_source: bool = True,
@@ -90,7 +90,7 @@ def convert_checkpoint(
         assets: a directory from which the tokenizer's files are copied, for targets that have them.
         measure: sum the errors of quantised weights up, in the same pass.
         limits: bounds of memory.
-        profile: where busy times go.
+        timings: where busy times go.
         progress: called with the number of target bytes done since the last call.
         group: the processes that share the work; each of them makes the same call.
         check_source: look at the checksums that the source keeps of its own bytes.
@@ -105,7 +105,7 @@ def convert_checkpoint(
     )
     keep_apart(plan.source.origin, out)
     job = Job(
-        backend, device, overwrite, resume, assets, limits or Limits(), profile or Profile(),
+        backend, device, overwrite, resume, assets, limits or Limits(), timings or Timings(),
         progress, group or Alone(), check_source, measure=measure,
     )  # fmt: skip
     return carry_out(plan, out, job)
@@ -121,7 +121,7 @@ def export_state_dict(
     backend: str = "auto",
     overwrite: bool = False,
     limits: Limits | None = None,
-    profile: Profile | None = None,
+    timings: Timings | None = None,
     progress: Progress = lambda nbytes: None,
     sync: bool = True,
 ) -> Report:
@@ -132,7 +132,7 @@ def export_state_dict(
             the host; left as it is.
         spec, recipe, scales: as for `convert_state_dict`.
         out: the directory to create.
-        backend, overwrite, limits, profile, progress: as for `convert_checkpoint`.
+        backend, overwrite, limits, timings, progress: as for `convert_checkpoint`.
         sync: False leaves fsync out, for benchmarks.
 
     Raises:
@@ -141,7 +141,7 @@ def export_state_dict(
     plan = _plan_memory(state_dict, spec, recipe, scales)
     where = next(iter(plan.source.tensors.values())).device
     job = Job(
-        backend, str(where), overwrite, limits=limits or Limits(), profile=profile or Profile(),
+        backend, str(where), overwrite, limits=limits or Limits(), timings=timings or Timings(),
         progress=progress, sync=sync,
     )  # fmt: skip
     return carry_out(plan, out, job)
@@ -241,7 +241,7 @@ def _own_files(plan: CheckpointPlan, directory: Partial, job: Job) -> Results:
 
     group = job.group
     records = summed(plan.stored.values())[group.rank :: group.size] if job.check_source else []
-    checking = Checking(records, job.profile)
+    checking = Checking(records, job.timings)
 
     def progress(nbytes: int) -> None:
         checking.glance()
@@ -252,7 +252,7 @@ def _own_files(plan: CheckpointPlan, directory: Partial, job: Job) -> Results:
         directory.record(images[number].name, result)
 
     writer = Writer(
-        directory.path, images, job.profile, progress, finished if job.sync else _skip,
+        directory.path, images, job.timings, progress, finished if job.sync else _skip,
         sync=job.sync,
     )  # fmt: skip
     with closing(checking):
@@ -274,7 +274,7 @@ def _fill(
     engine: Engine | None = None
     try:
         run = choose(job.backend, device)
-        engine = Engine(device, run, size, writer, job.profile, job.measure)
+        engine = Engine(device, run, size, writer, job.timings, job.measure)
         engine.fill(windows(plan.tensors, plan.stored, size, files))
         return writer.finish(files)
     finally:

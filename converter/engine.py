@@ -23,8 +23,8 @@ from .backend import Run as RunMoves
 from .cuts import Run
 from .launch import bound_moves, reducer
 from .limits import SLABS, threads
-from .profile import Profile
 from .slabs import Slab, Slabs
+from .timings import Timings
 from .windows import Window
 
 # Windows that are being read while another one is converted.
@@ -76,7 +76,7 @@ class Engine:
     run: RunMoves
     size: int
     sink: Sink
-    profile: Profile = field(default_factory=Profile)
+    timings: Timings = field(default_factory=Timings)
     measure: bool = False
 
     def __post_init__(self) -> None:
@@ -117,9 +117,9 @@ class Engine:
         return window, slab, [self.readers.submit(self._read, task) for task in tasks]
 
     def _read(self, task: Callable[[], int]) -> int:
-        with self.profile.busy("read"):
+        with self.timings.busy("read"):
             nbytes = task()
-        self.profile.add("read", 0.0, nbytes)
+        self.timings.add("read", 0.0, nbytes)
         return nbytes
 
     def _convert(self, window: Window, slab: Slab, reads: list[Future[int]]) -> None:
@@ -150,7 +150,7 @@ class Engine:
         return total.index_add_(0, owners.to(self.device, non_blocking=True), own)
 
     def _on_cpu(self, window: Window, moves: list[Move], owners: torch.Tensor) -> torch.Tensor:
-        with self.profile.busy("kernel", window.nbytes):
+        with self.timings.busy("kernel", window.nbytes):
             return self._launch(window, moves, owners)
 
     def _on_gpu(
@@ -184,10 +184,10 @@ class Engine:
             self._settle(1)
 
     def _settle(self, most: int | None = None) -> None:
-        """Add what the GPU's clock measured to the profile."""
+        """Add what the GPU's clock measured to the timings."""
         for _ in range(len(self._timed) if most is None else most):
             stage, nbytes, begin, end = self._timed.popleft()
-            self.profile.add(stage, begin.elapsed_time(end) / 1000, nbytes)
+            self.timings.add(stage, begin.elapsed_time(end) / 1000, nbytes)
 
 
 def _nothing() -> None:

@@ -28,10 +28,10 @@ from .errors import FuseportError
 from .forecast import Forecast
 from .hf_family import Table as FamilyTable
 from .model import ModelSpec
-from .profile import Profile
 from .read_manifest import SETTINGS, read_manifest
 from .report import Report
 from .sources.source import Source, open_source
+from .timings import Timings
 from .verify import Verification
 
 
@@ -111,11 +111,11 @@ def forecast_text(known: Forecast) -> str:
     )
 
 
-def profile_table(profile: Profile) -> Table:
+def timings_table(timings: Timings) -> Table:
     """How long each stage was busy, over all its threads."""
-    title = f"busy times (they overlap; the run took {profile.elapsed:.1f} s)"
+    title = f"busy times (they overlap; the run took {timings.elapsed:.1f} s)"
     table = Table("stage", "seconds", "size", "GB/s", title=title, title_justify="left")
-    for name, stage in profile.stages.items():
+    for name, stage in timings.stages.items():
         speed = f"{stage.nbytes / stage.seconds / 1e9:.2f}" if stage.seconds else ""
         table.add_row(name, f"{stage.seconds:.2f}", size(stage.nbytes), speed)
     return table

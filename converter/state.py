@@ -63,9 +63,7 @@ def convert_state_dict(
         relaid, others = _relay(tensors, found, spec, recipe)
         tensors |= {name: dequantise(found[name]) for name in others}
         model = read_model(tensors, spec, StoredClaims)
-    plan = plan_memory(
-        tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid
-    )  # fmt: skip
+    plan = plan_memory(tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid)
     run_plan(plan, backend)
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(recipe.world_size)]
     for planned in plan:

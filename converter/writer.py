@@ -23,7 +23,7 @@ from .cuts import Run
 from .engine import Filled
 from .errors import FuseportError
 from .limits import threads
-from .profile import Profile
+from .timings import Timings
 
 # Bytes of one positioned write.
 PART = 8 << 20
@@ -86,7 +86,7 @@ class Writer:
     Args:
         directory: the partial directory.
         images: all files, by number.
-        profile: where busy times go.
+        timings: where busy times go.
         progress: called with bytes done, by the thread that calls `check` or `finish`.
         finished: called by a thread for each finished file.
         sync: False leaves fsync out, for benchmarks.
@@ -96,13 +96,13 @@ class Writer:
         self,
         directory: Path,
         images: Mapping[int, FileImage],
-        profile: Profile,
+        timings: Timings,
         progress: Callable[[int], None],
         finished: Callable[[int, FileResult], None] = lambda number, result: None,
         *,
         sync: bool = True,
     ) -> None:
-        self.directory, self.images, self.profile = directory, images, profile
+        self.directory, self.images, self.timings = directory, images, timings
         self.progress, self.finished, self.sync = progress, finished, sync
         self.results: dict[int, FileResult] = {}
         self._files: dict[int, _Open] = {}
@@ -179,14 +179,14 @@ class Writer:
             for offset, part in _parts(file.image, run, data)
         ]
         for file, run, data in pieces:
-            with self.profile.busy("digest", run.nbytes):
+            with self.timings.busy("digest", run.nbytes):
                 file.update(run, data)
         return writes
 
     def _put(self, file: _Open, offset: int, data: torch.Tensor) -> None:
         if self._error:
             return
-        with self.profile.busy("write", data.numel()):
+        with self.timings.busy("write", data.numel()):
             write_all(file.handle, raw_bytes(data), offset)
 
     def _conclude(
@@ -221,7 +221,7 @@ class Writer:
 
     def _end(self, number: int) -> None:
         try:
-            with self.profile.busy("fsync", self.images[number].nbytes):
+            with self.timings.busy("fsync", self.images[number].nbytes):
                 result = self._files[number].finish(self.sync)
             self.finished(number, result)
             self.results[number] = result

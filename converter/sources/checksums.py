@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 
 from ..errors import CorruptSourceError
-from ..profile import Profile
+from ..timings import Timings
 from .stored import FileRange, Stored
 
 _BLOCK = 4 << 20
@@ -56,13 +56,13 @@ def check_crc(record: FileRange) -> None:
 class Checking:
     """Records that are being checked by threads in the background."""
 
-    def __init__(self, records: Iterable[FileRange], profile: Profile) -> None:
-        self._profile = profile
+    def __init__(self, records: Iterable[FileRange], timings: Timings) -> None:
+        self._timings = timings
         self._pool = ThreadPoolExecutor(_THREADS, "check")
         self._futures = deque(self._pool.submit(self._check, record) for record in records)
 
     def _check(self, record: FileRange) -> None:
-        with self._profile.busy("check", record.nbytes):
+        with self._timings.busy("check", record.nbytes):
             check_crc(record)
 
     def glance(self) -> None:

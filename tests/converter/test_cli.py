@@ -18,7 +18,7 @@ from fuseport_testing.tiny import ITERATION, SPEC, tiny_weights, write_tiny
 
 from fuseport.converter import cli
 from fuseport.converter.limits import parse_size
-from fuseport.converter.profile import STAGES
+from fuseport.converter.timings import STAGES
 
 # The command, as the installed script runs it.
 MAIN = "from fuseport.converter.cli import main; main()"
@@ -152,7 +152,7 @@ def test_dry_run_says_what_it_would_take(run: Run, source: Path, tmp_path: Path)
         assert match in err
 
 
-def test_profile_and_report(
+def test_timings_and_report(
     run: Run, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -33,8 +33,8 @@ from fuseport.converter.limits import BASE, Limits
 from fuseport.converter.loads import plan_loads
 from fuseport.converter.model import ModelSpec
 from fuseport.converter.plan import storage_key
-from fuseport.converter.profile import STAGES, Profile
 from fuseport.converter.sources.stored import Piece, Stored
+from fuseport.converter.timings import STAGES, Timings
 from fuseport.converter.windows import windows
 
 Runs = Callable[..., Run]
@@ -240,18 +240,18 @@ def test_a_state_dict_is_published(target: str, tmp_path: Path) -> None:
 
 
 def test_every_stage_is_timed(tmp_path: Path) -> None:
-    profile = Profile()
+    timings = Timings()
     source = write_tiny(tmp_path / "s")
-    report = convert_checkpoint(source, tmp_path / "out", Recipe(), profile=profile)
+    report = convert_checkpoint(source, tmp_path / "out", Recipe(), timings=timings)
     for name in STAGES:
-        assert (profile.stages[name].seconds > 0) == ("GPU" not in name)
+        assert (timings.stages[name].seconds > 0) == ("GPU" not in name)
     data = report.nbytes - sum(
         len((tmp_path / "out" / "rank0.safetensors").read_bytes()[: 8 + size])
         for size in [
             int.from_bytes((tmp_path / "out/rank0.safetensors").read_bytes()[:8], "little")
         ]
     )
-    assert profile.stages["write"].nbytes == profile.stages["digest"].nbytes == data
+    assert timings.stages["write"].nbytes == timings.stages["digest"].nbytes == data
 
 
 # Prints the most memory that the process ever held, as the system counts it.

@@ -21,7 +21,7 @@ class Stage:
 
 
 @dataclass
-class Profile:
+class Timings:
     """Busy times by stage; stages overlap, so their sum exceeds the run's time."""
 
     stages: dict[str, Stage] = field(default_factory=lambda: {name: Stage() for name in STAGES})
