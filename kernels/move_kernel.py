@@ -63,6 +63,30 @@ def _count_lost(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _convert(  # type: ignore[no-untyped-def]
+    dst_tile, src_tile, mask, d, local, counters, power, SRC: tl.constexpr, DST: tl.constexpr,
+    DST_BITS: tl.constexpr, BIT_COPY: tl.constexpr, SHIFT: tl.constexpr, SCHEME: tl.constexpr,
+    COUNT: tl.constexpr, POWER: tl.constexpr, LARGEST_BITS: tl.constexpr, NATIVE: tl.constexpr,
+    CAREFUL: tl.constexpr,
+):  # fmt: skip
+    """Load a tile, convert it, store it; count what is lost."""
+    value = tl.load(src_tile, mask, other=0)
+    at = slot(counters, tl.load(d + 15))
+    if BIT_COPY:
+        scaled = value
+        tl.store(dst_tile, value.to(DST_BITS, bitcast=True), mask)
+    else:
+        x = _shifted(value, d, SHIFT)
+        scaled, back = _scaled(x, d, local, SCHEME, SHIFT or SRC == tl.float32, CAREFUL)
+        tl.store(dst_tile, downcast(scaled, DST, NATIVE), mask)
+        if POWER:
+            measure_power(x, rounded(scaled) * back, mask, slot(power, tl.load(d + 15)))
+    # A scale that was computed saturates nothing finite: only a careful launch has to count.
+    if COUNT and (SCHEME != "tensor" or CAREFUL):
+        _count_lost(scaled, src_tile, mask, d, local, at, SHIFT, SCHEME, LARGEST_BITS)
+
+
+@triton.jit
 def _move(  # type: ignore[no-untyped-def]
     d, local, counters, power, SRC: tl.constexpr, DST: tl.constexpr, DST_BITS: tl.constexpr,
     ORDER: tl.constexpr, VECTOR: tl.constexpr, BIT_COPY: tl.constexpr, SHIFT: tl.constexpr,
@@ -104,20 +128,8 @@ def _move(  # type: ignore[no-untyped-def]
     dst_tile = dst_at + r.to(tl.int64) * dst_row + c.to(tl.int64) * dst_col
     src_tile = src_at + r.to(tl.int64) * src_row + c.to(tl.int64) * src_col
 
-    value = tl.load(src_tile, mask, other=0)
-    at = slot(counters, tl.load(d + 15))
-    if BIT_COPY:
-        scaled = value
-        tl.store(dst_tile, value.to(DST_BITS, bitcast=True), mask)
-    else:
-        x = _shifted(value, d, SHIFT)
-        scaled, back = _scaled(x, d, local, SCHEME, SHIFT or SRC == tl.float32, CAREFUL)
-        tl.store(dst_tile, downcast(scaled, DST, NATIVE), mask)
-        if POWER:
-            measure_power(x, rounded(scaled) * back, mask, slot(power, tl.load(d + 15)))
-    # A scale that was computed saturates nothing finite: only a careful launch has to count.
-    if COUNT and (SCHEME != "tensor" or CAREFUL):
-        _count_lost(scaled, src_tile, mask, d, local, at, SHIFT, SCHEME, LARGEST_BITS)
+    _convert(dst_tile, src_tile, mask, d, local, counters, power, SRC, DST, DST_BITS, BIT_COPY,
+             SHIFT, SCHEME, COUNT, POWER, LARGEST_BITS, NATIVE, CAREFUL)  # fmt: skip
 
 
 @triton.jit

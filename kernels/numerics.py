@@ -101,18 +101,12 @@ def quotient(x, scale, WIDE: tl.constexpr, CAREFUL: tl.constexpr):  # type: igno
         # The interpreter rounds twice in an fma.
         result = tl.div_rn(x, tl.broadcast_to(scale, x.shape))
     else:
-        result = corrected(x, scale, tl.div_rn(tl.zeros_like(scale) + 1.0, scale), WIDE)
-    return result
-
-
-@triton.jit
-def corrected(x, scale, inverse, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """`quotient`, where 1 / scale is known, correctly rounded."""
-    negative, back = x * -1.0, inverse * -1.0
-    result = x * inverse
-    result = tl.fma(tl.fma(result, scale, negative), back, result)
-    if WIDE:
+        inverse = tl.div_rn(tl.zeros_like(scale) + 1.0, scale)
+        negative, back = x * -1.0, inverse * -1.0
+        result = x * inverse
         result = tl.fma(tl.fma(result, scale, negative), back, result)
+        if WIDE:
+            result = tl.fma(tl.fma(result, scale, negative), back, result)
     return result
 
 

@@ -14,10 +14,8 @@ import triton.language as tl
 
 from .descriptor import FIELDS, find_tile, place, pointer
 from .numerics import INF_BITS, dequant_of, quotient, rounded, to_e4m3_bits, upcast
-from .piece_kernel import amax_of, magnitudes, mx_pieces, nv_pieces
+from .piece_kernel import E4M3_LARGEST, amax_of, magnitudes, mx_pieces, nv_pieces
 from .tally import count, measure_power, slot
-
-E4M3_LARGEST = tl.constexpr(0x43E80000)
 
 
 @triton.jit
