@@ -6,6 +6,7 @@ import itertools
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -83,12 +84,21 @@ def test_small_windows_and_many_files(
     verify_checkpoint(tmp_path / "many", source)
 
 
+# So small that weights are cut.
+SMALL = 12 << 10
+
+
 def test_errors_are_summed_up_over_windows(
     megatron_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, recipe = megatron_run("llama").checkpoint("stacked"), Recipe(target="hf", quant="fp8")
     whole = convert_checkpoint(source, tmp_path / "one", recipe, measure=True)
-    narrow(monkeypatch, 48 << 10)
+    narrow(monkeypatch, SMALL)
+    plan = plan_checkpoint(source, recipe)
+    filling = [one for one in windows(plan.tensors, plan.stored, SMALL, set(plan.images))
+               if not one.measures]  # fmt: skip
+    times = Counter(run.planned.name for one in filling for run in one.runs)
+    assert max(times.values()) > 1
     cut = convert_checkpoint(source, tmp_path / "many", recipe, measure=True)
     assert len(whole.relative_errors) > 10
     assert cut.relative_errors == pytest.approx(whole.relative_errors, rel=1e-6)

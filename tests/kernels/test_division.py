@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from fractions import Fraction
 from itertools import pairwise
+from random import Random
 
 import pytest
 
@@ -90,6 +91,19 @@ def test_one_correction_decides_every_tie(bits: int) -> None:
     assert found == {(x, scale) for x, scale in found if corrected(x, scale) == nearest(x / scale)}
     # A power of two over the largest significand: half of a last bit above the tie, and a little.
     assert {scale for _, scale in found} == {Fraction(2**24 - 1)}
+
+
+def test_the_error_of_one_correction() -> None:
+    """What is not near a middle comes out as fp32's nearest, and ties are met exactly."""
+    random = Random(1)
+    for _ in range(20000):
+        x, scale = Fraction(random.randrange(1, 2**11)), Fraction(random.randrange(2**23, 2**24))
+        exact, found = x / scale, corrected(x, scale)
+        bounds = {nearest(exact * (1 + sign * Fraction(1, 2**43))) for sign in (-1, 1)}
+        assert found in bounds
+    for tie in ties():
+        for scale in (2**23 + 1, 2**23 + 8191, 2**24 - 1):
+            assert corrected(Fraction(tie * scale), Fraction(scale)) == tie
 
 
 def test_the_model_of_the_kernel() -> None:

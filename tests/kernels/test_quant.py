@@ -33,7 +33,8 @@ class Matrix:
         packed = name == "nv"
         self.codes = poisoned(rows, columns // 2 if packed else columns)
         self.codes = self.codes if packed else self.codes.view(E4M3)
-        self.amax = poisoned(1, dtype=torch.float32) if group is None else group
+        # Larger than any amax: one that is not cleared shows.
+        self.amax = torch.full((1,), 3e38, device=DEVICE) if group is None else group
         self.second = poisoned(1, dtype=torch.float32)
         self.scales = {
             "tensor": lambda: poisoned(1, dtype=torch.float32),
@@ -201,6 +202,22 @@ def test_tiny_and_huge_matrices(name: str, exponent: int) -> None:
     """Where a scale, its reciprocal or a remainder leaves the range of fp32."""
     normal = values(64, 256, dtype=torch.float32, spread=1).double()
     check(name, [(normal * 2.0**exponent).clamp(-3e38, 3e38).float()])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_second_run_forgets_the_first(name: str) -> None:
+    source = values(96, 256, dtype=torch.float32)
+    source[3, 4] = float("nan")
+    found, expected = Matrix(name, 96, 256), Matrix(name, 96, 256)
+    batch = FusedCopy(found.moves([source]))
+    batch.run(count=True)
+    source.copy_(values(96, 256, dtype=torch.float32) / 64)
+    counts = batch.run(count=True)
+    wanted = fused_copy_ref(expected.moves([source]), count=True)
+    assert all(map(torch.equal, found.bits(), expected.bits()))
+    assert counts is not None
+    assert wanted is not None
+    assert torch.equal(counts, wanted)
 
 
 @pytest.mark.parametrize("name", NAMES)
