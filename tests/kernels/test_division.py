@@ -102,8 +102,8 @@ def test_the_error_of_one_correction() -> None:
         bounds = {nearest(exact * (1 + sign * Fraction(1, 2**43))) for sign in (-1, 1)}
         assert found in bounds
     for tie in ties():
-        for scale in (2**23 + 1, 2**23 + 8191, 2**24 - 1):
-            assert corrected(Fraction(tie * scale), Fraction(scale)) == tie
+        for significand in (2**23 + 1, 2**23 + 8191, 2**24 - 1):
+            assert corrected(Fraction(tie * significand), Fraction(significand)) == tie
 
 
 def test_the_model_of_the_kernel() -> None:
