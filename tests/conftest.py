@@ -8,8 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import pytest
-import torch
+# Each process of a parallel run, and what it starts, gets its share of the cores: torch would
+# otherwise begin as many threads in each as the machine has cores. It reads this when imported.
+_WORKERS = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // _WORKERS)))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 # Without a GPU the kernels run in Triton's interpreter; it must be chosen before they are imported.
 if not torch.cuda.is_available():

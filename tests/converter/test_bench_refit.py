@@ -33,6 +33,8 @@ for spec in (of_rank(TOY, 2), TOY_MOE):
 
 def run(*arguments: str) -> list[str]:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
+    # The toys of several ranks, which would each want a GPU.
+    environment["CUDA_VISIBLE_DEVICES"] = ""
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=200,

@@ -68,6 +68,8 @@ def run_ranks(
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    # The time limits here are short; several processes that start on one GPU are not.
+    common["CUDA_VISIBLE_DEVICES"] = ""
     command = [sys.executable, "-m", "fuseport_testing.faulty", str(source), str(out), phase, fault]
     ranks = [
         subprocess.Popen(

@@ -9,20 +9,36 @@ import sys
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[2]
 
 
+pytestmark = pytest.mark.timeout(900)
+
+
 @pytest.fixture(scope="module")
-def rows() -> list[dict[str, object]]:
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """Compile all once for every process of a parallel run."""
+    common = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        common = common.parent
+    file = common / "aot.jsonl"
+    with FileLock(common / "aot.lock"):
+        if not file.exists():
+            file.write_text(compile_all())
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def compile_all() -> str:
     # A process of its own: elsewhere in the suite the kernels run in Triton's interpreter.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.aot_moves"]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=280
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    return done.stdout
 
 
 # What a kernel stores beside its codes: a scale (4 or 1 bytes), a flag or an amax (4).
