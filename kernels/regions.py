@@ -8,9 +8,12 @@ plain matrix (`stage`), which costs one more write and read of those tensors.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -24,30 +27,48 @@ def whole_rows(move: Move) -> list[Box] | None:
     assert isinstance(quant, Regional)
     if move.shift:
         return None
-    shape = move.src.shape
-    dims = merge(shape, torch.empty(shape, device="meta").stride(), move.src.stride())
+    place = Place(quant.columns, quant.first_row, quant.region[0], quant.dequant_scale.shape[0])
+    return _whole_rows(tuple(move.src.shape), move.src.stride(), place)
+
+
+class Place(NamedTuple):
+    """Where rows begin in their matrix, and the regions' height and number down the matrix."""
+
+    columns: int
+    first_row: int
+    height: int
+    regions: int
+
+
+# A model's layers repeat a few shapes, and a move is asked twice.
+@lru_cache(maxsize=4096)
+def _whole_rows(shape: tuple[int, ...], strides: tuple[int, ...], place: Place) -> list[Box] | None:
+    dims = merge(shape, _contiguous(shape), strides)
     if not dims:
         return []
-    last = dims[-1]
-    if last.src != 1 or last.size % quant.columns:
+    last, columns = dims[-1], place.columns
+    if last.src != 1 or last.size % columns:
         return None
-    rows = Dim(last.size // quant.columns, quant.columns, quant.columns)
-    split = [*dims[:-1], Dim(quant.columns, 1, 1)]
+    rows = Dim(last.size // columns, columns, columns)
+    split = [*dims[:-1], Dim(columns, 1, 1)]
     if rows.size > 1 or not dims[:-1]:
         split.insert(-1, rows)
     boxes = list(unroll(split, 0, "straight"))
-    return boxes if all(_is_aligned(box, quant) for box in boxes) else None
+    return boxes if all(_is_aligned(box, place) for box in boxes) else None
 
 
-def _is_aligned(box: Box, quant: Regional) -> bool:
+def _contiguous(shape: tuple[int, ...]) -> list[int]:
+    """Strides of a contiguous tensor."""
+    return [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+
+
+def _is_aligned(box: Box, place: Place) -> bool:
     """True if every region of the box lies within one of its tiles."""
-    height = quant.region[0]
-    first = quant.first_row + box.dst_offset // quant.columns
+    height = place.height
+    first = place.first_row + box.dst_offset // place.columns
     stop = first + box.rows.size
-    ends = stop % height == 0 or (
-        box.outer.size == 1 and stop > (quant.dequant_scale.shape[0] - 1) * height
-    )
-    return first % height == 0 and box.outer.dst // quant.columns % height == 0 and ends
+    ends = stop % height == 0 or (box.outer.size == 1 and stop > (place.regions - 1) * height)
+    return first % height == 0 and box.outer.dst // place.columns % height == 0 and ends
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import struct
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from .move import Box, describe, is_vector, tile_shape
+from .move import Box, Move, describe, is_vector, tile_shape
 from .quant import (
     BlockScale,
     GivenScale,
@@ -27,6 +28,7 @@ from .quant import (
 )
 from .regions import Job, whole_rows
 
+Ints: TypeAlias = NDArray[np.int64]
 SCHEMES = {
     type(None): "none",
     GivenScale: "given",
@@ -39,6 +41,10 @@ SCHEMES = {
 # Schemes whose amax takes a pass of its own.
 TWO_PASSES = ("tensor", "nv")
 BLOCK_TILE, PIECE_TILE = (128, 128), (32, 512)
+# Fields of a descriptor that no pattern knows: dst, src, scale, job, amax, second scale, flag.
+ADDRESSES = [0, 1, 14, 15, 16, 18, 19]
+# Bytes of the widest access: an address modulo this is part of the pattern.
+ALIGNED = 16
 # Rows up to this many elements are held in one tile; longer ones are walked in tiles of LOOP_TILE.
 LONGEST_ROW, ROW_TILE, LOOP_TILE = 16384, 4096, 8192
 
@@ -91,9 +97,12 @@ def row_tile(columns: int) -> int:
 
 
 def build(
-    jobs: Iterable[Job], given: Mapping[int, int], flags: torch.Tensor, device: torch.device
+    jobs: Sequence[Job], given: Mapping[int, int], flags: torch.Tensor, device: torch.device
 ) -> tuple[Launch, ...]:
     """The launches of a batch.
+
+    A model repeats a few patterns of strides in every layer: rows are made once for each pattern,
+    and numpy puts the addresses of all its moves into copies of them.
 
     Args:
         jobs: the moves; those with a scale for each region are `regions.whole_rows`.
@@ -102,17 +111,72 @@ def build(
             the job again.
         device: where the tables go.
     """
-    rows: dict[Kind, list[list[int]]] = defaultdict(list)
-    tiles: dict[Kind, list[int]] = defaultdict(list)
+    if not jobs:
+        return ()
+    numbers: dict[Hashable, int] = {}
+    patterns: list[list[tuple[Kind, list[int]]]] = []
+    which = []
     for job in jobs:
-        for kind, row in _rows(job, given.get(job.index, 0)):
-            counts = _tile_counts(row, kind)
-            row[11], row[12] = counts[1:]
-            row[19] = flags.data_ptr() + 4 * job.index
-            row[20] = math.prod(counts)
-            rows[kind].append(row)
-            tiles[kind].append(math.prod(counts))
-    return tuple(_launch(kind, rows[kind], tiles[kind], device) for kind in rows)
+        key = _pattern(job.move)
+        if key not in numbers:
+            numbers[key] = len(patterns)
+            patterns.append(_rows(job.move))
+        which.append(numbers[key])
+    first_flag = flags.data_ptr()
+    addresses = np.array([_addresses(job, given, first_flag) for job in jobs], dtype=np.int64)
+    return tuple(
+        _launch(kind, _of_kind(kind, patterns), np.array(which), addresses, device)
+        for kind in dict.fromkeys(kind for rows in patterns for kind, _ in rows)
+    )
+
+
+def _pattern(move: Move) -> Hashable:
+    """All that a move's rows depend on but addresses, which matter for their alignment alone."""
+    dst, src, quant = move.dst, move.src, move.quant
+    own = None
+    if isinstance(quant, Regional):
+        own = quant.columns, quant.first_row, quant.dequant_scale.shape
+    return (
+        src.shape, dst.stride(), src.stride(), dst.dtype, src.dtype, move.shift, type(quant), own,
+        dst.data_ptr() % ALIGNED, src.data_ptr() % ALIGNED,
+    )  # fmt: skip
+
+
+def _addresses(job: Job, given: Mapping[int, int], first_flag: int) -> tuple[int, ...]:
+    """What is added to a pattern's row in the fields `ADDRESSES`."""
+    move, quant, index = job.move, job.move.quant, job.index
+    scale = amax = second = 0
+    if isinstance(quant, GivenScale):
+        scale = given[index]
+    elif quant is not None:
+        scale = quant.dequant_scale.data_ptr()
+    if isinstance(quant, (TensorScale, NvScale)):
+        amax = quant.amax.data_ptr()
+    if isinstance(quant, NvScale):
+        second = quant.second_scale.data_ptr()
+    return (
+        move.dst.data_ptr(), move.src.data_ptr(), scale, index, amax, second,
+        first_flag + 4 * index,
+    )  # fmt: skip
+
+
+def _of_kind(kind: Kind, patterns: Sequence[list[tuple[Kind, list[int]]]]) -> list[list[list[int]]]:
+    """For each pattern, its rows of one kind."""
+    return [[row for of, row in rows if of == kind] for rows in patterns]
+
+
+def _rows(move: Move) -> list[tuple[Kind, list[int]]]:
+    """A pattern's rows; addresses count from the move's own."""
+    if isinstance(move.quant, Regional):
+        boxes = whole_rows(move)
+        assert boxes is not None
+        made = [_region(move, box, move.quant) for box in boxes]
+    else:
+        made = [_plain(move, box) for box in describe(move.dst, move.src)]
+    for kind, row in made:
+        counts = _tile_counts(row, kind)
+        row[11], row[12], row[20] = *counts[1:], math.prod(counts)
+    return made
 
 
 def _tile_counts(row: list[int], kind: Kind) -> tuple[int, int, int]:
@@ -122,16 +186,7 @@ def _tile_counts(row: list[int], kind: Kind) -> tuple[int, int, int]:
     return row[10], -(-row[2] // rows), across
 
 
-def _rows(job: Job, given: int) -> Iterable[tuple[Kind, list[int]]]:
-    move, quant = job.move, job.move.quant
-    if isinstance(quant, Regional):
-        boxes = whole_rows(move)
-        assert boxes is not None
-        return [_region(job, box, quant) for box in boxes]
-    return [_plain(job, box, given) for box in describe(move.dst, move.src)]
-
-
-def _row(job: Job, box: Box, dst: int, src: int, scale: int) -> list[int]:
+def _row(move: Move, box: Box, dst: int, src: int, scale: int) -> list[int]:
     """A descriptor: addresses, and sizes and strides in elements, by field.
 
     0 dst, 1 src, 2 rows, 3 columns, 4 to 9 strides of (dst, src): outer, row, column; for regions
@@ -140,43 +195,43 @@ def _row(job: Job, box: Box, dst: int, src: int, scale: int) -> list[int]:
     15 the job's index, 16 the amax, 17 a step in rows of the scales, 18 the second scale, 19 the
     flag, 20 the number of tiles; the rest keeps a descriptor a multiple of 64 bytes.
     """
-    quant = job.move.quant
-    shift = struct.unpack("<i", struct.pack("<f", job.move.shift))[0]
-    amax = quant.amax.data_ptr() if isinstance(quant, (TensorScale, NvScale)) else 0
-    second = quant.second_scale.data_ptr() if isinstance(quant, NvScale) else 0
+    shift = struct.unpack("<i", struct.pack("<f", move.shift))[0]
     return [
         dst, src, box.rows.size, box.cols.size, box.outer.dst, box.outer.src,
         box.rows.dst, box.rows.src, box.cols.dst, box.cols.src,
-        box.outer.size, 0, 0, shift, scale, job.index, amax, 0, second, 0, 0, 0, 0, 0,
+        box.outer.size, 0, 0, shift, scale, 0, 0, 0, 0, 0, 0, 0, 0, 0,
     ]  # fmt: skip
 
 
-def _plain(job: Job, box: Box, given: int) -> tuple[Kind, list[int]]:
-    move, quant = job.move, job.move.quant
-    dst = move.dst.data_ptr() + box.dst_offset * move.dst.element_size()
-    src = move.src.data_ptr() + box.src_offset * move.src.element_size()
-    scale = quant.dequant_scale.data_ptr() if isinstance(quant, TensorScale) else given
+def _is_vector(move: Move, box: Box, dst: int, src: int) -> bool:
+    """`is_vector` for a box that begins so many bytes behind its move."""
+    return is_vector(box, move.dst.data_ptr() % ALIGNED + dst, move.src.data_ptr() % ALIGNED + src)
+
+
+def _plain(move: Move, box: Box) -> tuple[Kind, list[int]]:
+    dst = box.dst_offset * move.dst.element_size()
+    src = box.src_offset * move.src.element_size()
     kind = Kind(
-        move.src.dtype, move.dst.dtype, box.order, is_vector(box, dst, src),
-        move.is_bit_copy, move.shift != 0.0, SCHEMES[type(quant)],
+        move.src.dtype, move.dst.dtype, box.order, _is_vector(move, box, dst, src),
+        move.is_bit_copy, move.shift != 0.0, SCHEMES[type(move.quant)],
     )  # fmt: skip
-    return kind, _row(job, box, dst, src, scale)
+    return kind, _row(move, box, dst, src, 0)
 
 
-def _region(job: Job, box: Box, quant: Regional) -> tuple[Kind, list[int]]:
+def _region(move: Move, box: Box, quant: Regional) -> tuple[Kind, list[int]]:
     """A box of whole rows: `dst` strides in bytes, and where its scales are."""
-    move, per_byte = job.move, 2 if isinstance(quant, NvScale) else 1
+    per_byte = 2 if isinstance(quant, NvScale) else 1
     height, width = quant.region
     first = quant.first_row + box.dst_offset // quant.columns
     grid = quant.dequant_scale
     scale_row = grid.shape[1] if width else 1
-    scale = grid.data_ptr() + first // height * scale_row * grid.element_size()
-    dst = move.dst.data_ptr() + box.dst_offset // per_byte
-    src = move.src.data_ptr() + box.src_offset * move.src.element_size()
-    row = _row(job, box, dst, src, scale)
+    scale = first // height * scale_row * grid.element_size()
+    dst = box.dst_offset // per_byte
+    src = box.src_offset * move.src.element_size()
+    row = _row(move, box, dst, src, scale)
     row[4], row[6] = row[4] // per_byte, row[6] // per_byte
     row[8], row[17] = box.outer.dst // quant.columns, scale_row
-    vector = is_vector(box, dst, src) and row[4] % 16 == 0 and row[6] % 16 == 0
+    vector = _is_vector(move, box, dst, src) and row[4] % 16 == 0 and row[6] % 16 == 0
     wide = row_tile(quant.columns) if isinstance(quant, RowScale) else 0
     return Kind(
         move.src.dtype, move.dst.dtype, box.order, vector, False, False,
@@ -185,16 +240,30 @@ def _region(job: Job, box: Box, quant: Regional) -> tuple[Kind, list[int]]:
 
 
 def _launch(
-    kind: Kind, rows: Sequence[list[int]], tiles: Sequence[int], device: torch.device
+    kind: Kind, patterns: list[list[list[int]]], which: Ints, addresses: Ints, device: torch.device
 ) -> Launch:
-    table = np.array(rows, dtype=np.int64)
-    counts = np.array(tiles, dtype=np.int64)
-    table[:, 10] = np.cumsum(counts) - counts
+    """One kind's tables: each job's rows, in the order of the jobs.
+
+    Args:
+        patterns: each pattern's rows of this kind.
+        which: [jobs], the pattern of each.
+        addresses: [jobs, len(ADDRESSES)].
+    """
+    rows = np.array([row for pattern in patterns for row in pattern], dtype=np.int64)
+    sizes = np.array([len(pattern) for pattern in patterns])
+    first = (np.cumsum(sizes) - sizes)[which]
+    job = np.repeat(np.arange(len(which)), sizes[which])
+    # A job's rows follow one another, so counting from its first one gives each of them.
+    within = np.arange(len(job)) - (np.cumsum(sizes[which]) - sizes[which])[job]
+    table = rows[first[job] + within]
+    table[:, ADDRESSES] += addresses[job]
+    tiles = table[:, 20].copy()
+    table[:, 10] = np.cumsum(tiles) - tiles
     descriptors = torch.from_numpy(table).to(device)
     # The tile table is the larger one, so it is expanded where it is used.
     tile_table = torch.repeat_interleave(
-        torch.arange(len(rows), dtype=torch.int32, device=device),
-        torch.from_numpy(counts).to(device),
-        output_size=int(counts.sum()),
+        torch.arange(len(table), dtype=torch.int32, device=device),
+        torch.from_numpy(tiles).to(device),
+        output_size=int(tiles.sum()),
     )
     return Launch(kind, descriptors, tile_table)
