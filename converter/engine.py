@@ -20,6 +20,7 @@ import torch
 from fuseport.kernels.move import Move
 
 from .backend import Run as RunMoves
+from .backend import on
 from .cuts import Run
 from .launch import bound_moves, reducer
 from .limits import SLABS, threads
@@ -169,7 +170,14 @@ class Engine:
             slab.host[split:end].copy_(slab.device[split:end], non_blocking=True)
             host = counts.to("cpu", non_blocking=True)
         counts.record_stream(outward)
-        return host, outward.record_event().synchronize
+        landed = outward.record_event()
+
+        def ready() -> None:
+            # On a thread of the sink.
+            with on(self.device):
+                landed.synchronize()
+
+        return host, ready
 
     @contextmanager
     def _timed_on(self, stream: torch.cuda.Stream, stage: str, nbytes: int) -> Iterator[None]:
