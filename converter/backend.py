@@ -38,8 +38,14 @@ def choose(backend: str, device: torch.device) -> Run:
 class Copy(Protocol):
     """A batch of moves that is ready to be run, as often as wanted."""
 
-    def run(self) -> object:
-        """Run it on the current stream, without waiting."""
+    def run(
+        self,
+        *,
+        count: bool = False,
+        power: torch.Tensor | None = None,
+        reduce: Callable[[tuple[torch.Tensor, ...]], object] | None = None,
+    ) -> torch.Tensor | None:
+        """Run it on the current stream, without waiting; see `FusedCopy.run`."""
         ...
 
     def follow(self, moves: Sequence[Move]) -> bool:
@@ -53,9 +59,15 @@ class ReferenceCopy:
     def __init__(self, moves: Sequence[Move]) -> None:
         self.moves = moves
 
-    def run(self) -> None:
+    def run(
+        self,
+        *,
+        count: bool = False,
+        power: torch.Tensor | None = None,
+        reduce: Callable[[tuple[torch.Tensor, ...]], object] | None = None,
+    ) -> torch.Tensor | None:
         """Run the moves one after the other."""
-        fused_copy_ref(self.moves)
+        return fused_copy_ref(self.moves, count=count, power=power, reduce=reduce)
 
     def follow(self, moves: Sequence[Move]) -> bool:
         """Any moves will do."""

@@ -11,7 +11,7 @@ import torch
 
 from fuseport.kernels.move import GivenScale
 
-from .backend import choose, default_device, on
+from .backend import choose, copier, default_device, on
 from .checkpoint import MANIFEST, copy_assets, write_json
 from .checkpoint_plan import CheckpointPlan, lay_out_plan, plan_checkpoint
 from .engine import Engine
@@ -274,8 +274,8 @@ def _fill(
     engine: Engine | None = None
     with on(device):
         try:
-            run = choose(job.backend, device)
-            engine = Engine(device, run, size, writer, job.timings, job.measure)
+            make = copier(job.backend, device)
+            engine = Engine(device, make, size, writer, job.timings, job.measure)
             engine.fill(windows(plan.tensors, plan.stored, size, files))
             return writer.finish(files)
         finally:
