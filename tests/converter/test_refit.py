@@ -17,6 +17,7 @@ from fuseport_testing.small_models import (
 )
 
 from fuseport.converter import ModelSpec, Recipe, convert_state_dict
+from fuseport.converter.backend import ReferenceCopy
 from fuseport.converter.errors import (
     CorruptSourceError,
     MissingTensorError,
@@ -31,6 +32,7 @@ MOE = small(layers=2, hidden=32, heads=4, kv_channels=8, ffn=64, vocab=24, gated
 PADDED = small(layers=1, hidden=16, heads=4, kv_channels=4, ffn=16, vocab=13, padded_vocab=16)
 # As small as the interpreter needs it; its blocks straddle nothing but heads.
 TINY = small(layers=2, hidden=48, heads=4, kv_channels=8, query_groups=2, ffn=32, vocab=10)
+EMBEDDING = "embedding.word_embeddings.weight"
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 RECIPES = [
@@ -90,13 +92,55 @@ def test_moved_parameters_are_found_and_the_old_ones_let_go(backend: str, quant:
     (before,) = refit.run()
     memory = {name: tensor.data_ptr() for name, tensor in before.items()}
     gone = []
-    for name in [FC1, "decoder.layers.1.self_attention.linear_qkv.weight"]:
+    # The embedding is looked at before the others.
+    for name in [FC1, EMBEDDING, "decoder.layers.1.self_attention.linear_qkv.weight"]:
         gone.append(weakref.ref(source[name].untyped_storage()))
         source[name] = source[name] * 3
     (after,) = refit.run()
     assert {name: tensor.data_ptr() for name, tensor in after.items()} == memory
     assert_refitted([after], source, TINY, recipe)
-    assert [one() for one in gone] == [None, None]
+    assert [one() for one in gone] == [None, None, None]
+
+
+class Seen(dict[str, torch.Tensor]):
+    """A state dict that notes what is looked at."""
+
+    def __init__(self, tensors: State, log: list[str]) -> None:
+        super().__init__(tensors)
+        self.log = log
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.log.append(name)
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8-block"])
+def test_work_begins_before_all_parameters_are_looked_at(
+    quant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    source = Seen(state(DENSE), log)
+    refit = Refit(source, spec(DENSE), Recipe(target="hf", quant=quant))
+    refit.run()
+    monkeypatch.setattr(ReferenceCopy, "run", lambda self: log.append("launch"))
+    log.clear()
+    refit.run()
+    launches = [place for place, name in enumerate(log) if name == "launch"]
+    first, others = set(log[: launches[0]]), set(log[launches[0] :]) - {"launch"}
+    assert 0 < len(first) <= len(source) // 8
+    assert not first & others
+    assert first | others == source.keys()
+    assert len(launches) == 2
+    assert launches[1] == len(log) - 1
+
+
+def test_a_parameter_without_memory_is_refused() -> None:
+    source = state(DENSE)
+    refit = Refit(source, spec(DENSE), Recipe(target="hf"))
+    refit.run()
+    source[FC1].untyped_storage().resize_(0)
+    with pytest.raises(MissingTensorError, match=f"{FC1} has no memory"):
+        refit.run()
 
 
 def test_a_parameter_whose_data_is_exchanged() -> None:
