@@ -15,14 +15,14 @@ import torch
 import torch.distributed as dist
 
 from fuseport.kernels.move import Move
-from fuseport.kernels.quant import Regional, Scheme
+from fuseport.kernels.quant import NvScale, Regional, Scheme
 
 from .codes import Box, own_scheme, scales_of
 from .exchange import operation
 from .feeds import Batch, Feed, Make, Source, Workspace, padded
 from .plan import Planned, bind, storage_key
 from .quantise import on_real
-from .transfers import Message, Part, Wanted, carve, messages
+from .transfers import Message, Part, Wanted, carve, elements_of, messages
 
 # Bytes that a GPU writes while a parameter is looked at: 0.1 to 0.2 µs, at 1.5 TB/s.
 _HIDING = 300_000
@@ -101,9 +101,14 @@ def _is_staged(part: Part, process: int) -> bool:
 
 
 def _scheme(move: Move, dst: torch.Tensor) -> Scheme | None:
-    """The move's scheme for a part of its destination; None if that is not whole rows."""
+    """The move's scheme for a part of its destination; None if that is not whole rows.
+
+    Nor is there one for a part of NVFP4, which counts in elements and not in bytes.
+    """
     if not isinstance(move.quant, Regional):
         return move.quant
+    if isinstance(move.quant, NvScale):
+        return None
     columns = move.quant.columns
     if not dst.is_contiguous() or dst.numel() % columns:
         return None
@@ -221,11 +226,13 @@ class Pass:
             for part in parts:
                 if part.box is not None:
                     yield from self._coded(part, part.box, workspace)
+                elif len(parts) == 1:
+                    yield self._feed(part, move.dst, move.quant)
                 else:
-                    yield self._feed(part, self._quant(_scheme(move, part.slice.dst)))
+                    yield self._feed(part, part.slice.dst, _scheme(move, part.slice.dst))
 
-    def _feed(self, part: Part, quant: Scheme | None) -> Feed:
-        source, dst = self._source(part), self._bound(part.slice.dst)
+    def _feed(self, part: Part, view: torch.Tensor, scheme: Scheme | None) -> Feed:
+        source, dst, quant = self._source(part), self._bound(view), self._quant(scheme)
         if isinstance(source, torch.Tensor) and part.is_ready:
             return Feed(dst, source)
         return Feed(dst, source, part.move.shift, quant)
@@ -256,7 +263,7 @@ class Pass:
         matrix = buffer.view(move.src.dtype).view(move.src.shape)
         for part in parts:
             # The destination of such a move is contiguous, as the matrix is.
-            first = part.slice.dst.storage_offset() - move.dst.storage_offset()
+            first = part.slice.dst.storage_offset() - elements_of(move).storage_offset()
             start = int(matrix.storage_offset() + first)
             dst = matrix.as_strided(part.slice.dst.shape, part.slice.dst.stride(), start)
             self._gathered.append(Feed(dst, self._source(part)))

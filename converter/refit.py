@@ -28,7 +28,7 @@ from .model import ModelSpec
 from .passes import Here, Pass, first_sources, workspace_bytes
 from .plan import storage_key
 from .recipe import Recipe
-from .refit_plan import PADDING, plan_refit
+from .refit_plan import plan_refit
 from .shards import Place
 from .transfers import Wanted, traffic
 
@@ -76,11 +76,11 @@ class Refit:
     ) -> None:
         self._plan = plan_refit(source, spec, recipe, scales, place or Place(), group, wants)
         device = next(source[own] for own in self._plan.names.values()).device
-        zeros = torch.zeros_like(self._plan.zeros, device=device)
+        constants = {name: value.to(device) for name, value in self._plan.constants.items()}
         is_split = graph or any(map(any, self.traffic))
         own = filled(self._plan.tensors, self._plan.process)
         self._first = set() if is_split else first_sources(own, self._plan.names)
-        self._live = Live(source, self._plan.names, {PADDING: zeros}, self._first)
+        self._live = Live(source, self._plan.names, constants, self._first)
         self._here = Here(
             self._plan.process, self._live.tensors, copier(backend, device), group, device
         )

@@ -20,8 +20,10 @@ from fuseport.converter import ModelSpec, Recipe, convert_state_dict
 from fuseport.converter.backend import ReferenceCopy
 from fuseport.converter.errors import (
     CorruptSourceError,
+    FuseportWarning,
     MissingTensorError,
     RecipeError,
+    ScaleError,
     ShapeError,
 )
 from fuseport.converter.refit import Refit
@@ -35,6 +37,7 @@ TINY = small(layers=2, hidden=48, heads=4, kv_channels=8, query_groups=2, ffn=32
 EMBEDDING = "embedding.word_embeddings.weight"
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+INPUTS = {"*": {"input": 0.125}}
 RECIPES = [
     Recipe(tp_size=2, pp_size=2),
     Recipe(tp_size=4, quant="fp8-row"),
@@ -42,6 +45,10 @@ RECIPES = [
     Recipe(target="hf", quant="fp8"),
     Recipe(target="hf", quant="fp8-block"),
     Recipe(target="hf", quant="mxfp8"),
+    Recipe(target="hf", quant="nvfp4", scales=INPUTS),
+    Recipe(target="hf", quant="fp8", scales={"*": {"input": 0.125, "weight": 0.5}}),
+    Recipe(tp_size=2, quant="fp8", scales=INPUTS),
+    Recipe(target="hf", kv_cache="fp8", scales={"*": {"kv_cache": 0.25}}),
 ]
 
 
@@ -197,9 +204,10 @@ def test_the_caller_s_outputs_are_written() -> None:
         Refit(source, spec(DENSE), recipe, outputs=[mine]).run()
 
 
-@pytest.mark.parametrize("quant", ["none", "fp8", "fp8-block"])
+@pytest.mark.parametrize("quant", ["none", "fp8", "fp8-block", "nvfp4"])
 def test_buckets_share_one_buffer(quant: str) -> None:
-    recipe, limit = Recipe(target="hf", quant=quant), 60_000
+    scales = INPUTS if quant == "nvfp4" else None
+    recipe, limit = Recipe(target="hf", quant=quant, scales=scales), 60_000
     source = state(DENSE)
     refit = Refit(source, spec(DENSE), recipe)
     for seed in (1, 2):
@@ -230,6 +238,12 @@ def test_what_cannot_be_is_refused() -> None:
     assert tensor.numel()
     with pytest.raises(RecipeError, match="there are 2"):
         Refit(source, facts, Recipe(tp_size=2), wants=[2])
+    with pytest.raises(RecipeError, match="Transformer Engine changes its scales"):
+        Refit(source, facts, Recipe(target="hf", quant="fp8", scales="source"))
+    with pytest.raises(ScaleError, match="no module"):
+        Refit(source, facts, Recipe(target="hf", quant="fp8", scales={"x": {"input": 1.0}}))
+    with pytest.warns(FuseportWarning, match="no scales of the KV cache"):
+        Refit(source, facts, Recipe(kv_cache="fp8"))
     with pytest.raises(RecipeError, match="graph"):
         Refit(source, facts, Recipe(tp_size=2), graph=True)
     with pytest.raises(RecipeError, match="tp_rank 2"):
