@@ -116,7 +116,7 @@ class Refit:
 
         Raises:
             ShapeError: a parameter has another shape, strides or dtype than the planned one.
-            MissingTensorError: it is gone.
+            MissingTensorError: it is gone, or has no memory.
         """
         looks = self._live.looks(source)
         if self._everything is None:

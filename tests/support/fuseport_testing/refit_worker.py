@@ -164,7 +164,8 @@ def lacking(scenario: Scenario, spec: ModelSpec, place: Place, rank: int, result
     marked = {n: _mark(n, t, scenario, place) for n, t in whole.items()}
     recipe = scenario.recipe
     plain = Recipe(
-        target=recipe.target, tp_size=recipe.tp_size, moe_ep_size=recipe.moe_ep_size,
+        target=recipe.target, tp_size=recipe.tp_size, pp_size=recipe.pp_size,
+        moe_ep_size=recipe.moe_ep_size,
         use_parallel_embedding=recipe.use_parallel_embedding, dtype="float32",
     )  # fmt: skip
     total = 0
