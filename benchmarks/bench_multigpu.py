@@ -1,290 +1,231 @@
 """Conversions over several GPUs: each process has a tensor parallel shard of a Llama-3-70B.
 
-    torchrun --standalone --nproc-per-node 8 -m benchmarks.bench_multigpu [--layers 12]
+    torchrun --standalone --nproc-per-node 8 -m benchmarks.bench_multigpu [--json FILE]
     torchrun --standalone --nproc-per-node 4 -m benchmarks.bench_multigpu --toy     # gloo, no GPU
 
 tp is the number of processes. Each case is first compared with the one-process result bit for bit,
-on a model of `--check-layers` layers of full width, and prints no figure where they differ.
+on a model of `--check-layers` layers of full width, and has no figure where they differ.
 
-1. The drop-in on every rank, split as training has it: no communication.
+1. The drop-in on every rank, split as training has it: no communication. Beside it, the same on one
+   GPU while the others rest.
 2. The drop-in with half as many KV heads as ranks, and a vocabulary that tp does not divide: rows
    of other ranks travel at each call.
 3. A refit to half as many tensor parallel ranks, in bf16 and with fp8 rows, and to whole tensors
    in fp8 blocks: slices travel, and the bytes sent must be those of the plan.
+4. A torch_dist directory, converted by all GPUs, and by one.
 
 Times are the slowest process's, and bandwidths of one process: of a copy on its device, and of a
-ring in which each process sends to the next. The share of what was received in the latter counts
-the whole run, casts and all.
+ring in which each process sends to the next. What travels is also timed alone.
+
+Each part has processes of its own, which end when it is over or its time is: a part that fails,
+or hangs, leaves the others alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.metadata
+import json
 import os
-import statistics
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator
 from datetime import timedelta
-from types import SimpleNamespace
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
-from fuseport.converter import ModelSpec, Recipe, convert_state_dict
-from fuseport.converter.exchange import kv_ranges, transfers, vocabulary_ranges
-from fuseport.converter.megatron import DistributedTRTLLMModelWeightsConverter, Parallel
-from fuseport.converter.refit import Refit
-from fuseport.converter.shards import Place
+from .models import LLAMA_70B, TOY
+from .multigpu_cases import Record, cases, run_case
+from .multigpu_directory import run_directory
+from .multigpu_world import NO_MULTICAST, World, measured, start
 
-from .models import LLAMA_70B, TOY, cut, random_weights, shapes
-
-Weights = dict[str, torch.Tensor]
-Run = Callable[[], Weights]
-
-
-class Sent:
-    """Counts the bytes that this process sends, by standing in for `batch_isend_irecv`."""
-
-    def __init__(self) -> None:
-        self.nbytes, self._start = 0, dist.batch_isend_irecv
-
-    def __call__(self, operations: list[dist.P2POp]) -> list[dist.Work]:
-        """Count, and start them."""
-        self.nbytes += sum(one.tensor.nbytes for one in operations if one.op is dist.isend)
-        return self._start(operations)
+PARTS = (1, 2, 3, 4)
+# Seconds: for the others once a process has failed, and between looks at them.
+GRACE, GLANCE = 10.0, 0.2
 
 
-@dataclass(frozen=True)
-class World:
-    """The processes, and what was measured of their machine: bytes per second."""
-
-    rank: int
-    size: int
-    device: torch.device
-    sent: Sent
-    repeats: int
-    copy: float = 0.0
-    ring: float = 0.0
-
-    def say(self, text: str) -> None:
-        """Print once."""
-        if self.rank == 0:
-            print(text, flush=True)
-
-    def wait(self) -> None:
-        """Until this process's device has done its work."""
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-
-    def reduced(self, value: float, how: dist.ReduceOp.RedOpType) -> float:
-        """A value of all processes."""
-        tensor = torch.tensor([value], dtype=torch.float64, device=self.device)
-        dist.all_reduce(tensor, how)
-        return float(tensor)
-
-    def seconds(self, run: Callable[[], object]) -> float:
-        """Median of the slowest process's time."""
-        times = []
-        for _ in range(self.repeats + 1):
-            dist.barrier()
-            self.wait()
-            began = time.perf_counter()
-            run()
-            self.wait()
-            times.append(time.perf_counter() - began)
-        return self.reduced(statistics.median(times[1:]), dist.ReduceOp.MAX)
+def common_store() -> tuple[Store, int, int]:
+    """The launcher's store, this process's number, and how many there are."""
+    store, rank, size = next(iter(rendezvous("env://", timeout=timedelta(minutes=2))))
+    return store, rank, size
 
 
-@dataclass(frozen=True)
-class Case:
-    """A way of converting: a run over shards, and the one-process result on this rank.
-
-    `expected_bytes` is what this process must send in a run.
-    """
-
-    name: str
-    spec: ModelSpec
-    padded: int
-    make: Callable[[Weights, ModelSpec], tuple[Run, int]]
-    reference: Callable[[Weights, ModelSpec], Weights]
-
-
-def cases(world: World, spec: ModelSpec) -> Iterator[Case]:
-    """All cases that these processes can run."""
-    tp, vocab = world.size, spec.vocab_size or 0
-    whole = Recipe(tp_size=tp, use_parallel_embedding=True)
-
-    def on_rank(recipe: Recipe) -> Callable[[Weights, ModelSpec], Weights]:
-        rank = world.rank % recipe.world_size
-        return lambda state, facts: convert_state_dict(state, facts, recipe, backend="torch")[rank]
-
-    yield Case(f"1 drop-in, tp {tp}", spec, vocab, dropin(world), on_rank(whole))
-    if tp == 1:
-        return
-    few = spec.replace(num_query_groups=max(tp // 2, 1), vocab_size=vocab - 3)
-    name = f"2 drop-in, {few.num_query_groups} KV heads, odd vocabulary"
-    yield Case(name, few, vocab, dropin(world), on_rank(whole))
-    for recipe in (
-        Recipe(tp_size=tp // 2, use_parallel_embedding=True),
-        Recipe(tp_size=tp // 2, use_parallel_embedding=True, quant="fp8-row"),
-        Recipe(target="hf", quant="fp8-block"),
-    ):
-        name = f"3 refit to {recipe.target} tp {recipe.tp_size}, {recipe.quant}"
-        yield Case(name, spec, vocab, refit(world, recipe), on_rank(recipe))
+def supervise(options: argparse.Namespace) -> list[Record]:
+    """Run each part in a process of its own beside those of the other ranks; all records."""
+    store, rank, size = common_store()
+    records: list[Record] = []
+    # Toys share their processes: most of their time is that of starting.
+    groups = [options.parts] if options.toy else [[part] for part in options.parts]
+    for parts in groups:
+        part = ",".join(map(str, parts))
+        with tempfile.TemporaryDirectory(prefix="multigpu") as directory:
+            file = Path(directory) / "records"
+            problem = _run_part(store, rank, options, part, file)
+            if rank == 0 and file.exists():
+                records += map(json.loads, file.read_text().splitlines())
+        for other in _meet(store, f"end/{part}", rank, size, problem or "", options.limit):
+            if rank == 0:
+                print(f"part {part} FAILED: {other}", flush=True)
+                records.append({"part": part, "failed": other})
+    return records
 
 
-def dropin(world: World) -> Callable[[Weights, ModelSpec], tuple[Run, int]]:
-    """The drop-in over the processes' own group."""
-
-    def make(held: Weights, spec: ModelSpec) -> tuple[Run, int]:
-        facts = {name: getattr(spec, name) for name in (
-            "num_layers", "hidden_size", "ffn_hidden_size", "num_attention_heads",
-            "num_query_groups", "kv_channels", "gated_linear_unit", "normalization")}  # fmt: skip
-        converter = DistributedTRTLLMModelWeightsConverter(
-            SimpleNamespace(**facts), "bfloat16", activation="swiglu", output="cuda",
-            parallel=Parallel(world.size, world.rank, tp_group=dist.group.WORLD),
-        )  # fmt: skip
-
-        def run() -> Weights:
-            converter.convert(held, {}, spec.vocab_size or 0)
-            return converter.trtllm_model_weights
-
-        return run, rows_to_send(world, held, spec)
-
-    return make
-
-
-def rows_to_send(world: World, held: Mapping[str, torch.Tensor], spec: ModelSpec) -> int:
-    """Bytes of rows that the other ranks want of this one."""
-    total, tp = 0, world.size
-    for name, tensor in held.items():
-        if "linear_qkv.weight" in name and spec.num_query_groups < tp:
-            heads, groups = spec.num_attention_heads, spec.num_query_groups
-            ranges = kv_ranges(heads, groups, spec.kv_channels, tp)
-        elif "word_embeddings" in name or "output_layer" in name:
-            ranges = vocabulary_ranges(spec.vocab_size or 0, tp)
-        else:
-            continue
-        total += sum(
-            (one.stop - one.start) * tensor[0].nbytes
-            for one in transfers(tensor.shape[0], ranges)
-            if one.holder == world.rank != one.wanter
-        )
-    return total
-
-
-def refit(world: World, recipe: Recipe) -> Callable[[Weights, ModelSpec], tuple[Run, int]]:
-    """A refit in which process p fills the target's rank p modulo their number."""
-
-    def make(held: Weights, spec: ModelSpec) -> tuple[Run, int]:
-        place = Place(tp_size=world.size, tp_rank=world.rank)
-        one = Refit(held, spec, recipe, place=place, group=dist.group.WORLD)
-        return lambda: one.run()[0], sum(one.traffic[world.rank])
-
-    return make
-
-
-def shard(world: World, spec: ModelSpec, padded: int) -> Weights:
-    """This rank's share of the model's random weights."""
-    return random_weights(
-        shapes(spec, padded), world.device, lambda name, t: cut(name, t, world.rank, world.size)
+def _run_part(
+    store: Store, rank: int, options: argparse.Namespace, part: str, file: Path
+) -> str | None:
+    """Start a part's process and wait for its end; what went wrong."""
+    known = [f"--limit={options.limit}", f"--layers={options.layers}", f"--child={file}"]
+    known += [f"--check-layers={options.check_layers}", f"--parts={part}"]
+    known += [f"--directory-layers={options.directory_layers}"]
+    known += ["--toy"] if options.toy else []
+    known += [f"--directory={options.directory}"] if options.directory else []
+    child = subprocess.Popen(
+        [sys.executable, "-m", "benchmarks.bench_multigpu", *known],
+        # The store is there already: rank 0 must not start another one.
+        env=os.environ | NO_MULTICAST | {"TORCHELASTIC_USE_AGENT_STORE": "True"},
     )
+    deadline = time.monotonic() + options.limit
+    while child.poll() is None and time.monotonic() < deadline:
+        time.sleep(GLANCE)
+        if store.check([f"failed/{part}"]):
+            deadline = min(deadline, time.monotonic() + GRACE)
+    if child.poll() is None:
+        child.kill()
+        child.wait()
+        problem = f"rank {rank} had to be killed"
+    elif child.returncode == 0:
+        return None
+    else:
+        problem = f"rank {rank} ended with {child.returncode}"
+    store.set(f"failed/{part}", problem)
+    return problem
 
 
-def is_right(world: World, case: Case, layers: int) -> bool:
-    """On all processes the bits of the one-process result, and the bytes of the plan."""
-    spec = case.spec.replace(num_layers=layers)
-    run, expected_bytes = case.make(shard(world, spec, case.padded), spec)
-    run()
-    world.sent.nbytes = 0
-    found = run()
-    good = world.sent.nbytes == expected_bytes
-    expected = case.reference(random_weights(shapes(spec, case.padded), world.device), spec)
-    good &= found.keys() == expected.keys() and all(
-        map(same, found.values(), map(expected.get, found))
-    )
-    return world.reduced(float(good), dist.ReduceOp.MIN) == 1.0
+def _meet(store: Store, key: str, rank: int, size: int, text: str, limit: float) -> Iterator[str]:
+    """Wait for all ranks; what they have said, unless it is empty."""
+    store.set(f"{key}/{rank}", text)
+    keys = [f"{key}/{other}" for other in range(size)]
+    store.wait(keys, timedelta(seconds=limit + 3 * GRACE))
+    return (said for said in (store.get(one).decode() for one in keys) if said)
 
 
-def same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """Equal dtype, shape and bytes."""
-    if other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (one, other)))
-
-
-def report(world: World, case: Case, layers: int) -> None:
-    """Time a case that was found right."""
-    spec = case.spec.replace(num_layers=layers)
-    held = shard(world, spec, case.padded)
-    run, sent = case.make(held, spec)
-    nbytes = sum(t.nbytes for t in held.values()) + sum(t.nbytes for t in run().values())
-    seconds = world.seconds(run)
-    total = world.reduced(sent, dist.ReduceOp.SUM)
-    travel = total / world.size / world.ring
-    world.say(
-        f"{case.name:44} {seconds * 1e3:9.2f} ms  {nbytes / 1e9:6.2f} GB a rank, "
-        f"{nbytes / seconds / world.copy:5.2f} of copy  sent {total / 1e6:9.3f} MB, "
-        f"{travel / seconds:5.2f} of the ring's bandwidth"
-    )
-
-
-def measured(world: World, nbytes: int) -> World:
-    """With the bandwidths of a copy and of a ring."""
-    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=world.device)
-    target = torch.empty_like(source)
-    copy = 2 * nbytes / world.seconds(lambda: target.copy_(source))
-    after, before = (world.rank + 1) % world.size, (world.rank - 1) % world.size
-
-    def ring() -> None:
-        operations = [dist.P2POp(dist.isend, source, after), dist.P2POp(dist.irecv, target, before)]
-        for work in dist.batch_isend_irecv(operations):
-            work.wait()
-
-    speed = nbytes / world.seconds(ring) if world.size > 1 else float("inf")
-    return World(world.rank, world.size, world.device, world.sent, world.repeats, copy, speed)
-
-
-def start(repeats: int) -> World:
-    """Join the processes that torchrun has started: NCCL on GPUs, gloo elsewhere."""
-    on_gpu = torch.cuda.is_available()
-    device = torch.device("cpu")
-    if on_gpu:
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group(
-        "nccl" if on_gpu else "gloo", timeout=timedelta(minutes=5),
-        device_id=device if on_gpu else None,
-    )  # fmt: skip
-    sent = Sent()
-    dist.batch_isend_irecv = sent  # type: ignore[assignment]
-    return World(dist.get_rank(), dist.get_world_size(), device, sent, repeats)
-
-
-def main() -> None:
-    """Check and time all cases."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12, help="timed; as many as fit")
-    parser.add_argument("--check-layers", type=int, default=2)
-    parser.add_argument("--toy", action="store_true", help="a model for a machine without a GPU")
-    options = parser.parse_args()
-    spec, layers = (TOY, TOY.num_layers) if options.toy else (LLAMA_70B, options.layers)
-    world = start(2 if options.toy else 10)
+def work(options: argparse.Namespace) -> None:
+    """Some parts, in a process of their own."""
+    store, rank, size = common_store()
+    store = PrefixStore(f"parts {options.parts}", store)
+    world = start(store, rank, size, 2 if options.toy else 10)
     world = measured(world, 1 << (20 if options.toy else 30))
-    name = torch.cuda.get_device_name() if world.device.type == "cuda" else "cpu"
-    world.say(
-        f"{world.size} × {name}, torch {torch.__version__}: copy {world.copy / 1e9:.1f} GB/s, ring "
-        f"{world.ring / 1e9:.1f} GB/s"
-    )
-    for case in cases(world, spec):
-        if is_right(world, case, min(options.check_layers, layers)):
-            report(world, case, layers)
-        else:
-            world.say(f"{case.name:44} RED: bits or bytes differ; no figure")
+    speeds: Record = {"copy_gb_s": world.copy / 1e9}
+    speeds |= {"ring_gb_s": world.ring / 1e9} if size > 1 else {}
+    for part, record in (
+        (one, found) for one in options.parts for found in _records(world, one, options)
+    ):
+        _show(world, {"part": part} | speeds | record, options.child)
         if world.device.type == "cuda":
             torch.cuda.empty_cache()
     dist.destroy_process_group()
+
+
+def _records(world: World, part: int, options: argparse.Namespace) -> Iterator[Record]:
+    spec, layers = LLAMA_70B, options.layers
+    if options.toy:
+        spec, layers = TOY, TOY.num_layers
+    if part == 4:
+        few = spec.replace(num_layers=min(options.directory_layers, layers))
+        with _directory(world, options.directory) as directory:
+            yield from run_directory(world, few, directory)
+    for case in cases(world, spec, part):
+        yield run_case(world, case, min(options.check_layers, layers), layers)
+
+
+@contextlib.contextmanager
+def _directory(world: World, parent: Path | None) -> Iterator[Path]:
+    """A new directory that all processes of this machine use, and rank 0 removes."""
+    if world.rank == 0:
+        world.store.set("directory", tempfile.mkdtemp(prefix="multigpu", dir=parent))
+    directory = Path(world.store.get("directory").decode())
+    try:
+        yield directory
+    finally:
+        if world.rank == 0:
+            shutil.rmtree(directory, ignore_errors=True)
+
+
+def _show(world: World, record: Record, file: Path) -> None:
+    """Print a record on rank 0, and keep it."""
+    if world.rank != 0:
+        return
+    with file.open("a") as stream:
+        stream.write(json.dumps(record) + "\n")
+    if not record["right"]:
+        print(f"{record['case']}: RED: bits or bytes differ; no figure", flush=True)
+        return
+    shown = {k: v for k, v in record.items() if k not in ("case", "part", "right")}
+    words = (f"{k} {v:.2f}" if isinstance(v, float) else f"{k} {v}" for k, v in shown.items())
+    print(f"{record['case']}: {', '.join(words)}", flush=True)
+
+
+def machine(options: argparse.Namespace) -> Record:
+    """What the figures belong to."""
+    gpu = torch.cuda.is_available()
+    nccl = ".".join(map(str, torch.cuda.nccl.version())) if gpu else None
+    return {
+        "machine": options.machine, "processes": int(os.environ["WORLD_SIZE"]),
+        "card": torch.cuda.get_device_name(0) if gpu else "cpu", "torch": torch.__version__,
+        "triton": _version("triton"), "cuda": torch.version.cuda, "nccl": nccl,
+        "python": platform.python_version(), "kernel": platform.release(),
+        "command": shlex.join(["-m", "benchmarks.bench_multigpu", *sys.argv[1:]]),
+    }  # fmt: skip
+
+
+def _version(package: str) -> str | None:
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(package)
+    return None
+
+
+def parsed() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    add = parser.add_argument
+    add("--layers", type=int, default=8, help="timed; as many as fit")
+    add("--check-layers", type=int, default=2)
+    add("--directory-layers", type=int, default=2, help="of the torch_dist directory")
+    add("--directory", type=Path, help="where it is put; three times its size must be free")
+    add("--parts", type=lambda text: [int(one) for one in text.split(",")], default=[*PARTS])
+    add("--limit", type=float, default=120.0, help="seconds of a part")
+    add("--json", type=Path, help="write the results here, too")
+    add("--machine", default=platform.node(), help="its name, for the results")
+    add("--toy", action="store_true", help="a model for a machine without a GPU")
+    add("--child", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Check and time all parts; exits with 1 if one failed or was not right."""
+    options = parsed()
+    if options.child is not None:
+        work(options)
+        return
+    records = supervise(options)
+    if os.environ["RANK"] != "0":
+        return
+    text = json.dumps(machine(options) | {"results": records}, indent=1)
+    print(text, flush=True)
+    if options.json is not None:
+        options.json.write_text(text + "\n")
+    if not all(record.get("right") for record in records):
+        sys.exit(1)
 
 
 if __name__ == "__main__":

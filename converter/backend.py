@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 import torch
@@ -36,8 +38,14 @@ def choose(backend: str, device: torch.device) -> Run:
 class Copy(Protocol):
     """A batch of moves that is ready to be run, as often as wanted."""
 
-    def run(self) -> object:
-        """Run it on the current stream, without waiting."""
+    def run(
+        self,
+        *,
+        count: bool = False,
+        power: torch.Tensor | None = None,
+        reduce: Callable[[tuple[torch.Tensor, ...]], object] | None = None,
+    ) -> torch.Tensor | None:
+        """Run it on the current stream, without waiting; see `FusedCopy.run`."""
         ...
 
     def follow(self, moves: Sequence[Move]) -> bool:
@@ -51,9 +59,15 @@ class ReferenceCopy:
     def __init__(self, moves: Sequence[Move]) -> None:
         self.moves = moves
 
-    def run(self) -> None:
+    def run(
+        self,
+        *,
+        count: bool = False,
+        power: torch.Tensor | None = None,
+        reduce: Callable[[tuple[torch.Tensor, ...]], object] | None = None,
+    ) -> torch.Tensor | None:
         """Run the moves one after the other."""
-        fused_copy_ref(self.moves)
+        return fused_copy_ref(self.moves, count=count, power=power, reduce=reduce)
 
     def follow(self, moves: Sequence[Move]) -> bool:
         """Any moves will do."""
@@ -95,7 +109,10 @@ def _triton(device: torch.device) -> Run:
 
 
 def default_device(device: str) -> torch.device:
-    """ "auto" is the current GPU where there is one, and the CPU elsewhere.
+    """ "auto" is this process's GPU where there is one, and the CPU elsewhere.
+
+    Of several processes that torchrun started on one machine, process `LOCAL_RANK` has the GPU of
+    that number; where there are fewer GPUs, they are dealt out in turn.
 
     Raises:
         RecipeError: "cuda" was asked for and there is no GPU, or the name is unknown.
@@ -105,12 +122,23 @@ def default_device(device: str) -> torch.device:
     kind, _, number = device.partition(":")
     if kind not in ("cpu", "cuda") or not (number.isdigit() or device == kind):
         raise RecipeError(f"device {device!r} is none of auto, cpu, cuda, cuda:NUMBER")
-    if kind == "cuda" and int(number or 0) >= torch.cuda.device_count():
+    count = torch.cuda.device_count() if kind == "cuda" else 1
+    if int(number or 0) >= count:
         raise RecipeError(
-            f"device {device!r}: torch sees {torch.cuda.device_count()} GPUs here; use "
-            f"--device cpu, or auto"
+            f"device {device!r}: torch sees {count} GPUs here; use --device cpu, or auto"
         )
+    local = os.environ.get("LOCAL_RANK")
+    if device == "cuda" and local is not None:
+        return torch.device(device, int(local) % count)
     return torch.device(device)
+
+
+def on(device: torch.device) -> AbstractContextManager[object]:
+    """Makes a GPU the calling thread's current one, for what asks for no device.
+
+    Every thread begins with the first GPU, and calls of the driver take up memory on it.
+    """
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def run_all(

@@ -11,7 +11,7 @@ import torch
 
 from fuseport.kernels.move import GivenScale
 
-from .backend import choose, default_device
+from .backend import choose, copier, default_device, on
 from .checkpoint import MANIFEST, copy_assets, write_json
 from .checkpoint_plan import CheckpointPlan, lay_out_plan, plan_checkpoint
 from .engine import Engine
@@ -272,15 +272,16 @@ def _fill(
     device = default_device(job.device)
     size = min(job.limits.window(device), _whole(plan))
     engine: Engine | None = None
-    try:
-        run = choose(job.backend, device)
-        engine = Engine(device, run, size, writer, job.timings, job.measure)
-        engine.fill(windows(plan.tensors, plan.stored, size, files))
-        return writer.finish(files)
-    finally:
-        writer.close()
-        if engine is not None:
-            engine.close()
+    with on(device):
+        try:
+            make = copier(job.backend, device)
+            engine = Engine(device, make, size, writer, job.timings, job.measure)
+            engine.fill(windows(plan.tensors, plan.stored, size, files))
+            return writer.finish(files)
+        finally:
+            writer.close()
+            if engine is not None:
+                engine.close()
 
 
 def _whole(plan: CheckpointPlan) -> int:

@@ -17,10 +17,9 @@ from typing import Protocol
 
 import torch
 
-from fuseport.kernels.move import Move
-
-from .backend import Run as RunMoves
+from .backend import Copy, on
 from .cuts import Run
+from .feeds import Make
 from .launch import bound_moves, reducer
 from .limits import SLABS, threads
 from .slabs import Slab, Slabs
@@ -69,11 +68,11 @@ class Sink(Protocol):
 class Engine:
     """Carries windows of at most `size` bytes to a sink.
 
-    `run` and `device` say where moves are run; `measure` says if quantisation's errors are summed.
+    `make` makes moves on `device` ready; `measure` says if quantisation's errors are summed.
     """
 
     device: torch.device
-    run: RunMoves
+    make: Make
     size: int
     sink: Sink
     timings: Timings = field(default_factory=Timings)
@@ -82,8 +81,7 @@ class Engine:
     def __post_init__(self) -> None:
         self.slabs = Slabs(SLABS, self.size, self.device)
         self.readers = ThreadPoolExecutor(threads(), "read")
-        cuda = self.device.type == "cuda"
-        self.streams = [torch.cuda.Stream(self.device) for _ in range(2)] if cuda else []
+        self.streams = self._copy_streams() if self.device.type == "cuda" else []
         self._timed: deque[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = deque()
 
     def fill(self, windows: Iterable[Window]) -> None:
@@ -108,6 +106,17 @@ class Engine:
         self._settle()
         self.slabs.release()
 
+    def _copy_streams(self) -> list[torch.cuda.Stream]:
+        """For the way in and the way out.
+
+        The slabs' memory on the GPU may have been another tensor's a moment ago: what the caller's
+        stream still does with that comes first.
+        """
+        streams = [torch.cuda.Stream(self.device) for _ in range(2)]
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream(self.device))
+        return streams
+
     def _start(self, window: Window) -> tuple[Window, Slab, list[Future[int]]]:
         slab = None
         while slab is None:
@@ -125,11 +134,14 @@ class Engine:
     def _convert(self, window: Window, slab: Slab, reads: list[Future[int]]) -> None:
         for read in reads:
             read.result()
+        inward = self._bring(slab, window.loads.nbytes) if self.streams else None
         moves, owners = bound_moves(window, slab.device, self.device)
-        if self.streams:
-            counts, ready = self._on_gpu(window, slab, moves, owners)
+        # Tables go to the GPU here, and do not wait for the window's own bytes.
+        copy = self.make(moves)
+        if inward is not None:
+            counts, ready = self._on_gpu(window, slab, copy, owners, inward)
         else:
-            counts, ready = self._on_cpu(window, moves, owners), _nothing
+            counts, ready = self._on_cpu(window, copy, owners), _nothing
         if window.measures:
             ready()
             self.slabs.give(slab)
@@ -137,11 +149,11 @@ class Engine:
         filled = Filled(window, slab.host, ready, counts)
         self.sink.put(filled, lambda: self.slabs.give(slab))
 
-    def _launch(self, window: Window, moves: list[Move], owners: torch.Tensor) -> torch.Tensor:
+    def _launch(self, window: Window, copy: Copy, owners: torch.Tensor) -> torch.Tensor:
         """Run the moves; what was lost, by cut."""
-        power = torch.zeros(len(moves), 2, dtype=torch.float64, device=self.device)
-        counts = self.run(
-            moves, count=True, power=power if self.measure else None,
+        power = torch.zeros(len(owners), 2, dtype=torch.float64, device=self.device)
+        counts = copy.run(
+            count=True, power=power if self.measure else None,
             reduce=reducer(window, self.device),
         )  # fmt: skip
         assert counts is not None
@@ -149,27 +161,41 @@ class Engine:
         total = torch.zeros(len(window.cuts), 4, dtype=power.dtype, device=self.device)
         return total.index_add_(0, owners.to(self.device, non_blocking=True), own)
 
-    def _on_cpu(self, window: Window, moves: list[Move], owners: torch.Tensor) -> torch.Tensor:
+    def _on_cpu(self, window: Window, copy: Copy, owners: torch.Tensor) -> torch.Tensor:
         with self.timings.busy("kernel", window.nbytes):
-            return self._launch(window, moves, owners)
+            return self._launch(window, copy, owners)
+
+    def _bring(self, slab: Slab, nbytes: int) -> torch.cuda.Stream:
+        """Start a window's copy to the GPU."""
+        inward, _ = self.streams
+        with self._timed_on(inward, "to GPU", nbytes):
+            slab.device[:nbytes].copy_(slab.host[:nbytes], non_blocking=True)
+        return inward
 
     def _on_gpu(
-        self, window: Window, slab: Slab, moves: list[Move], owners: torch.Tensor
-    ) -> tuple[torch.Tensor, Callable[[], object]]:
-        """One copy in, the launches, one copy out; nothing waits for the GPU here."""
-        current, (inward, outward) = torch.cuda.current_stream(self.device), self.streams
+        self, window: Window, slab: Slab, copy: Copy, owners: torch.Tensor,
+        inward: torch.cuda.Stream,
+    ) -> tuple[torch.Tensor, Callable[[], object]]:  # fmt: skip
+        """The launches, and one copy out; nothing waits for the GPU here."""
+        current, (_, outward) = torch.cuda.current_stream(self.device), self.streams
         split, end = window.loads.nbytes, window.nbytes
-        with self._timed_on(inward, "to GPU", split):
-            slab.device[:split].copy_(slab.host[:split], non_blocking=True)
         current.wait_stream(inward)
         with self._timed_on(current, "kernel", end):
-            counts = self._launch(window, moves, owners)
+            counts = self._launch(window, copy, owners)
         outward.wait_stream(current)
         with self._timed_on(outward, "from GPU", end - split):
             slab.host[split:end].copy_(slab.device[split:end], non_blocking=True)
             host = counts.to("cpu", non_blocking=True)
         counts.record_stream(outward)
-        return host, outward.record_event().synchronize
+        # A thread of the sink waits for it, and must not take a processor up meanwhile.
+        landed = torch.cuda.Event(blocking=True)
+        landed.record(outward)
+
+        def ready() -> None:
+            with on(self.device):
+                landed.synchronize()
+
+        return host, ready
 
     @contextmanager
     def _timed_on(self, stream: torch.cuda.Stream, stage: str, nbytes: int) -> Iterator[None]:

@@ -16,6 +16,7 @@ import mmap
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Event
 
@@ -119,9 +120,12 @@ class Block:
     def register(self) -> None:
         """Let the GPU copy straight into it; without that it is as right, and slower."""
         if not self.registered:
-            runtime = torch.cuda.cudart()
-            status = runtime.cudaHostRegister(self.memory.data_ptr(), self.memory.numel(), 0)
-            self.registered = int(status) == 0
+            register = torch.cuda.cudart().cudaHostRegister
+            self.registered = int(register(self.memory.data_ptr(), self.memory.numel(), 0)) == 0
+        if not self.registered:
+            # The refusal is still pending, and would be the next launch's error.
+            with suppress(RuntimeError):
+                torch.zeros(1, device="cuda")
 
     def release(self) -> None:
         """Take it back from the driver, and populate no more of it."""
@@ -267,10 +271,9 @@ class _Ring:
     """Pinned buffers between the GPU and memory that the driver does not know."""
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
-        self.stream, self.pool = stream, ThreadPoolExecutor(THREADS)
+        self.stream, self.pool, self.next = stream, ThreadPoolExecutor(THREADS), 0
         self.buffers = torch.empty(RING, CHUNK, dtype=torch.uint8, pin_memory=True)
         self.busy: list[Future[None] | None] = [None] * RING
-        self.next = 0
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:
         for start in range(0, source.numel(), CHUNK):

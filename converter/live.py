@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
+from operator import itemgetter
 
 import torch
 
 from .errors import MissingTensorError, ShapeError
+
+State = Mapping[str, torch.Tensor]
 
 
 class Live:
@@ -16,25 +19,25 @@ class Live:
         source: a state dict, kept: its entries may change.
         names: name in the whole model → name in `source`.
         constants: tensors that never move, beside them.
+        first: names in the whole model that are looked at before the others.
     """
 
     def __init__(
         self,
-        source: Mapping[str, torch.Tensor],
+        source: State,
         names: Mapping[str, str],
-        constants: Mapping[str, torch.Tensor],
+        constants: State,
+        first: Collection[str] = (),
     ) -> None:
-        self._source, self._names = source, dict(names)
+        self._source = source
         self.tensors = {name: source[own] for name, own in names.items()} | dict(constants)
-        self._addresses = [source[own].data_ptr() for own in names.values()]
+        parts = [{n: own for n, own in names.items() if (n in first) == early} for early in (1, 0)]
+        self._parts = [_Part(part, source) for part in parts if part]
 
-    @property
-    def device(self) -> torch.device:
-        """Where they are."""
-        return next(iter(self.tensors.values())).device
+    def looks(self, source: State | None = None) -> Iterator[set[str]]:
+        """Look at the first ones, if there are any, then at the others.
 
-    def moved(self, source: Mapping[str, torch.Tensor] | None = None) -> set[str]:
-        """The names of those whose address has changed since the last call.
+        Yields the names of those whose address has changed since they were last looked at.
 
         Args:
             source: to be looked at from now on instead of the earlier state dict.
@@ -43,25 +46,47 @@ class Live:
             MissingTensorError, ShapeError: one is gone, or is of another kind.
         """
         self._source = self._source if source is None else source
+        for part in self._parts:
+            moved = part.moved(self._source)
+            for name, tensor in moved.items():
+                _check_alike(name, tensor, self.tensors[name])
+            self.tensors |= moved
+            yield set(moved)
+
+
+class _Part:
+    """Some of the parameters, and where they were when they were last looked at."""
+
+    def __init__(self, names: Mapping[str, str], source: State) -> None:
+        self._names = tuple(names)
+        # Twice the first: of one key an itemgetter makes no tuple.
+        keys = list(names.values())
+        self._get = itemgetter(keys[0], *keys)
+        self._addresses = self._look(source)[1]
+
+    def _look(self, source: State) -> tuple[tuple[torch.Tensor, ...], list[int]]:
+        # This is done at every step, with the GPU idle: nothing here but two calls into C.
+        found = self._get(source)
+        return found, [*map(torch.Tensor.data_ptr, found)]
+
+    def moved(self, source: State) -> dict[str, torch.Tensor]:
+        """Those at another address, which are known there from now on."""
         try:
-            found = [*map(self._source.__getitem__, self._names.values())]
+            found, addresses = self._look(source)
         except KeyError as error:
             raise MissingTensorError(
                 f"the state dict no longer has {error}; make a new Refit for another model"
             ) from error
-        addresses = [*map(torch.Tensor.data_ptr, found)]
         if addresses == self._addresses:
-            return set()
-        triples = zip(self._names, found, zip(addresses, self._addresses, strict=True), strict=True)
-        moved = {name: tensor for name, tensor, (new, old) in triples if new != old}
-        for name, tensor in moved.items():
-            _check_alike(name, tensor, self.tensors[name])
-        self.tensors |= moved
+            return {}
+        triples = zip(self._names, found[1:], addresses[1:], self._addresses[1:], strict=True)
         self._addresses = addresses
-        return set(moved)
+        return {name: tensor for name, tensor, new, old in triples if new != old}
 
 
 def _check_alike(name: str, new: torch.Tensor, old: torch.Tensor) -> None:
     kinds = [(t.dtype, tuple(t.shape), t.stride(), t.device) for t in (new, old)]
     if kinds[0] != kinds[1]:
         raise ShapeError(f"{name} is now {kinds[0]}, planned were {kinds[1]}; make a new Refit")
+    if new.numel() and not new.data_ptr():
+        raise MissingTensorError(f"{name} has no memory now; bring it back before a refit")

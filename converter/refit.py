@@ -3,13 +3,15 @@
     refit = Refit(model.state_dict(keep_vars=True), spec, Recipe(target="hf", quant="fp8-block"))
     (tensors,) = refit.run()
 
-A run compares the parameters' addresses with the planned ones and launches each kind of move once.
+A run compares the parameters' addresses with the planned ones and launches each kind of move once;
+all but a few large ones are looked at while the GPU works on those.
 Where training has split the model, processes say where they are in it (`place`, `group`), and only
 slices that a process lacks travel.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
@@ -23,10 +25,10 @@ from .errors import RecipeError, ShapeError
 from .feeds import Workspace
 from .live import Live
 from .model import ModelSpec
-from .passes import Here, Pass, workspace_bytes
+from .passes import Here, Pass, first_sources, workspace_bytes
 from .plan import storage_key
 from .recipe import Recipe
-from .refit_plan import PADDING, plan_refit
+from .refit_plan import plan_refit
 from .shards import Place
 from .transfers import Wanted, traffic
 
@@ -74,8 +76,11 @@ class Refit:
     ) -> None:
         self._plan = plan_refit(source, spec, recipe, scales, place or Place(), group, wants)
         device = next(source[own] for own in self._plan.names.values()).device
-        zeros = torch.zeros_like(self._plan.zeros, device=device)
-        self._live = Live(source, self._plan.names, {PADDING: zeros})
+        constants = {name: value.to(device) for name, value in self._plan.constants.items()}
+        is_split = graph or any(map(any, self.traffic))
+        own = filled(self._plan.tensors, self._plan.process)
+        self._first = set() if is_split else first_sources(own, self._plan.names)
+        self._live = Live(source, self._plan.names, constants, self._first)
         self._here = Here(
             self._plan.process, self._live.tensors, copier(backend, device), group, device
         )
@@ -111,14 +116,21 @@ class Refit:
 
         Raises:
             ShapeError: a parameter has another shape, strides or dtype than the planned one.
-            MissingTensorError: it is gone.
+            MissingTensorError: it is gone, or has no memory.
         """
-        self._follow(source)
+        looks = self._live.looks(source)
+        if self._everything is None:
+            self._follow(*looks)
         filling, result = self._all()
+        if self._first:
+            # The GPU has something to do while the other parameters are looked at.
+            self._follow(*itertools.islice(looks, 1))
+            filling.begin()
+        self._follow(*looks)
         if self._replay is not None:
             self._replay()
         else:
-            filling.run()
+            filling.finish()
             self._replay = _captured(filling) if self._graph else None
         return result
 
@@ -141,16 +153,16 @@ class Refit:
                 f"buckets of the target's ranks {list(self._plan.ranks)} would have the same "
                 f"names; give wants=[RANK]"
             )
-        self._follow(source)
+        self._follow(*self._live.looks(source))
         if nbytes not in self._buckets:
             self._buckets[nbytes] = list(self._make_buckets(nbytes))
         for filling, bucket in self._buckets[nbytes]:
             filling.run()
             yield bucket
 
-    def _follow(self, source: Mapping[str, torch.Tensor] | None) -> None:
+    def _follow(self, *looks: set[str]) -> None:
         """Plan anew what comes from parameters that have moved."""
-        moved = self._live.moved(source)
+        moved = set[str]().union(*looks)
         if not moved:
             return
         for made in self._buckets.values():
@@ -171,7 +183,7 @@ class Refit:
                 result[place][one.planned.name] = dst = _output(one, given, self._here.device)
                 memory[storage_key(one.planned.dst)] = dst
             space = Workspace(workspace_bytes(tensors, process), self._here.device)
-            self._everything = Pass(tensors, memory, space, self._here), result
+            self._everything = Pass(tensors, memory, space, self._here, self._first), result
         return self._everything
 
     def _make_buckets(self, nbytes: int) -> Iterator[tuple[Pass, Bucket]]:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
 
 from fuseport.kernels.move import GivenScale
 
-from .errors import RecipeError
-from .given import Given
+from .errors import FuseportWarning, RecipeError
+from .given import Given, scale_table
 from .model import ModelSpec
-from .plan import on_meta, storage_key
+from .plan import Planned, on_meta, storage_key
 from .quantise import build
 from .recipe import Recipe
+from .scales import ScaleTable
 from .shards import Held, Place, everywhere, kinds_of, whole_names, whole_tensors
 from .sources.megatron import read_model
 from .state import check_complete, weights, zero_row
@@ -32,13 +34,14 @@ class RefitPlan:
     """The plan, as process `process` of `processes` sees it.
 
     `names` are its parameters: name in the whole model → its own; `ranks` the target's ranks that
-    it fills; `zeros` [1, H] what a padded vocabulary is filled from, on meta.
+    it fills; `constants` what never changes, on the host: zeros [1, H], from which a padded
+    vocabulary is filled, and given numbers.
     """
 
     tensors: tuple[Wanted, ...]
     names: Mapping[str, str]
     ranks: tuple[int, ...]
-    zeros: torch.Tensor
+    constants: Mapping[str, torch.Tensor]
     process: int
     processes: int
 
@@ -78,32 +81,58 @@ def plan_refit(
     filled = [_ranks(one, number, len(offers)) for number, one in enumerate(offers)]
     wholes = whole_tensors([one.held for one in offers], spec)
     meta = {n: torch.empty(w.shape, dtype=w.dtype, device="meta") for n, w in wholes.items()}
-    _check_supported(recipe)
     TARGETS[recipe.target].check(spec, recipe)
     model = read_model(meta, spec)
     check_complete(model, spec)
     zeros = zero_row(model, spec, torch.device("meta"))
     task = Task(model, spec, recipe, zeros, scales)
-    planned = list(
-        build(list(TARGETS[recipe.target].rules(task)), recipe, on_meta, Given(_constant))
-    )
+    constants = Constants()
+    constants.add(PADDING, zeros, torch.zeros(zeros.shape, dtype=zeros.dtype))
+    planned = _build(task, recipe, constants)
     sources = {storage_key(meta[name]): (name, whole) for name, whole in wholes.items()}
-    sources[storage_key(zeros)] = (PADDING, everywhere(zeros, len(offers)))
+    for key, name in constants.names.items():
+        sources[key] = name, everywhere(constants.values[name], len(offers))
     return RefitPlan(
         tuple(wanted(planned, sources, filled)), whole_names(offer.held, spec), filled[process],
-        zeros, process, len(offers),
+        constants.values, process, len(offers),
     )  # fmt: skip
 
 
-def _check_supported(recipe: Recipe) -> None:
-    if recipe.scales is not None or recipe.kv_cache != "none" or recipe.quant == "nvfp4":
-        raise RecipeError(
-            "a refit takes no scales, kv_cache or quant = 'nvfp4' in its recipe yet; leave them out"
-        )
+@dataclass(frozen=True)
+class Constants:
+    """What never changes: by `storage_key` of a meta twin its name, and by name its value."""
+
+    names: dict[int, str] = field(default_factory=dict)
+    values: dict[str, torch.Tensor] = field(default_factory=dict)
+    _twins: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def add(self, name: str, twin: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """Note a value under its twin."""
+        self.names[storage_key(twin)], self.values[name], self._twins[name] = name, value, twin
+        return twin
+
+    def number(self, value: float) -> torch.Tensor:
+        """A meta twin, fp32 [1], of a given number."""
+        name = f"(number {value!r})"
+        if name in self._twins:
+            return self._twins[name]
+        return self.add(name, torch.empty(1, device="meta"), torch.full((1,), value))
 
 
-def _constant(value: float) -> torch.Tensor:
-    raise RecipeError(f"a refit cannot hold the given number {value}; leave out what needs it")
+def _build(task: Task, recipe: Recipe, constants: Constants) -> list[Planned]:
+    given = Given(constants.number, scale_table(recipe, _no_states))
+    planned = list(build(list(TARGETS[recipe.target].rules(task)), recipe, on_meta, given))
+    given.check_used(recipe)
+    for note in given.notes:
+        warnings.warn(note, FuseportWarning, stacklevel=4)
+    return planned
+
+
+def _no_states() -> ScaleTable:
+    raise RecipeError(
+        "a refit takes no scales = 'source': Transformer Engine changes its scales at every step, "
+        "and a refit is planned once; give numbers, or leave scales out to have them computed"
+    )
 
 
 def _gather(offer: _Offer, group: dist.ProcessGroup) -> list[_Offer]:

@@ -9,7 +9,7 @@ of transfers, and only layers that change their rank travel, whole and unconvert
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -81,6 +81,42 @@ def gather_stage(chunks: Chunks, num_layers: int, place: Parallel) -> dict[str, 
     return result
 
 
+def chunks_as_one(
+    chunks: Sequence[Mapping[str, torch.Tensor]], num_layers: int, *, pp_rank: int, pp_size: int
+) -> dict[str, torch.Tensor]:
+    """A pipeline rank's chunks as one state dict, layers by their numbers in the whole model.
+
+    A refit takes it with `Place(pp_size=…, pp_rank=…, first_layer=0)`. The tensors are the
+    caller's own.
+
+    Args:
+        chunks: the rank's chunks in order, each with its layers numbered from 0.
+        num_layers: layers of the whole model.
+
+    Raises:
+        RecipeError: the model is not cut into equal chunks.
+        UnknownTensorError: two chunks have one tensor.
+    """
+    if num_layers % (pp_size * len(chunks)):
+        raise RecipeError(
+            f"{num_layers} layers in {len(chunks)} chunks on each of {pp_size} pipeline ranks: "
+            f"the number of chunks must divide them"
+        )
+    size = num_layers // (pp_size * len(chunks))
+    result: dict[str, torch.Tensor] = {}
+    for chunk, tensors in enumerate(chunks):
+        for name in _checked(tensors, pp_rank, chunk, size):
+            match = _LAYER.match(name)
+            first = (chunk * pp_size + pp_rank) * size
+            whole = f"decoder.layers.{first + int(match[1])}.{match[2]}" if match else name
+            if whole in result:
+                raise UnknownTensorError(
+                    f"{name} is in two chunks of pipeline rank {pp_rank}; only one can have it"
+                )
+            result[whole] = tensors[name]
+    return result
+
+
 def _kind(tensor: torch.Tensor) -> Kind:
     return Kind(tuple(tensor.shape), tensor.dtype)
 
@@ -120,10 +156,10 @@ def table(ranks: Sequence[Held], num_layers: int) -> list[Passed]:
     size = _chunk_size(ranks, num_layers)
     stages = [pp_layers(num_layers, len(ranks), stage) for stage in range(len(ranks))]
     moves = [
-        _passed(rank, chunk, name, kind, (chunk * len(ranks) + rank) * size, stages)
+        _passed(rank, chunk, name, tensors[name], (chunk * len(ranks) + rank) * size, stages)
         for rank, chunks in enumerate(ranks)
         for chunk, tensors in enumerate(chunks)
-        for name, kind in _checked(tensors, rank, chunk, size)
+        for name in _checked(tensors, rank, chunk, size)
     ]
     _once(moves)
     return moves
@@ -145,17 +181,15 @@ def _chunk_size(ranks: Sequence[Held], num_layers: int) -> int:
     return num_layers // sum(counts)
 
 
-def _checked(
-    tensors: Mapping[str, Kind], rank: int, chunk: int, size: int
-) -> Iterator[tuple[str, Kind]]:
-    for name, kind in tensors.items():
+def _checked(names: Iterable[str], rank: int, chunk: int, size: int) -> Iterator[str]:
+    for name in names:
         match = _LAYER.match(name)
         if match is not None and int(match[1]) >= size:
             raise RecipeError(
                 f"{name} in chunk {chunk} of pipeline rank {rank}: chunks have {size} layers, "
                 f"numbered from 0; give chunks of equal sizes, each with its own numbers"
             )
-        yield name, kind
+        yield name
 
 
 def _passed(

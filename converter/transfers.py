@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from fuseport.kernels.move import Move
-from fuseport.kernels.quant import GivenScale
+from fuseport.kernels.quant import GivenScale, NvScale
 
 from .codes import Box, box_of, scales_of
 from .plan import Planned, storage_key
@@ -98,13 +98,23 @@ def wanted(
 def _wanted(planned: Planned, wanters: tuple[int, ...], sources: Sources, turn: int) -> Wanted:
     def parts(move: Move) -> Iterator[Part]:
         name, whole = sources[storage_key(move.src)]
-        for one in slices(move.dst, move.src, whole):
+        for one in slices(elements_of(move), move.src, whole):
             holders = sorted(one.piece.holders)
             takers = tuple(process for process in wanters if process not in holders)
             yield Part(move, name, one, holders[turn % len(holders)], takers, _travels_as(move))
 
     found = tuple(tuple(parts(move)) for move in planned.moves)
     return Wanted(planned, wanters, _coded(found))
+
+
+def elements_of(move: Move) -> torch.Tensor:
+    """The move's destination, an element for each of the source's.
+
+    NVFP4 has two codes in a byte: there it is a meta tensor that stands for them.
+    """
+    if isinstance(move.quant, NvScale):
+        return torch.empty(move.src.shape, dtype=move.dst.dtype, device="meta")
+    return move.dst
 
 
 def _coded(found: tuple[tuple[Part, ...], ...]) -> tuple[tuple[Part, ...], ...]:

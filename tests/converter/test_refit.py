@@ -17,10 +17,13 @@ from fuseport_testing.small_models import (
 )
 
 from fuseport.converter import ModelSpec, Recipe, convert_state_dict
+from fuseport.converter.backend import ReferenceCopy
 from fuseport.converter.errors import (
     CorruptSourceError,
+    FuseportWarning,
     MissingTensorError,
     RecipeError,
+    ScaleError,
     ShapeError,
 )
 from fuseport.converter.refit import Refit
@@ -31,8 +34,10 @@ MOE = small(layers=2, hidden=32, heads=4, kv_channels=8, ffn=64, vocab=24, gated
 PADDED = small(layers=1, hidden=16, heads=4, kv_channels=4, ffn=16, vocab=13, padded_vocab=16)
 # As small as the interpreter needs it; its blocks straddle nothing but heads.
 TINY = small(layers=2, hidden=48, heads=4, kv_channels=8, query_groups=2, ffn=32, vocab=10)
+EMBEDDING = "embedding.word_embeddings.weight"
 FC1 = "decoder.layers.0.mlp.linear_fc1.weight"
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+INPUTS = {"*": {"input": 0.125}}
 RECIPES = [
     Recipe(tp_size=2, pp_size=2),
     Recipe(tp_size=4, quant="fp8-row"),
@@ -40,6 +45,10 @@ RECIPES = [
     Recipe(target="hf", quant="fp8"),
     Recipe(target="hf", quant="fp8-block"),
     Recipe(target="hf", quant="mxfp8"),
+    Recipe(target="hf", quant="nvfp4", scales=INPUTS),
+    Recipe(target="hf", quant="fp8", scales={"*": {"input": 0.125, "weight": 0.5}}),
+    Recipe(tp_size=2, quant="fp8", scales=INPUTS),
+    Recipe(target="hf", kv_cache="fp8", scales={"*": {"kv_cache": 0.25}}),
 ]
 
 
@@ -90,13 +99,55 @@ def test_moved_parameters_are_found_and_the_old_ones_let_go(backend: str, quant:
     (before,) = refit.run()
     memory = {name: tensor.data_ptr() for name, tensor in before.items()}
     gone = []
-    for name in [FC1, "decoder.layers.1.self_attention.linear_qkv.weight"]:
+    # The embedding is looked at before the others.
+    for name in [FC1, EMBEDDING, "decoder.layers.1.self_attention.linear_qkv.weight"]:
         gone.append(weakref.ref(source[name].untyped_storage()))
         source[name] = source[name] * 3
     (after,) = refit.run()
     assert {name: tensor.data_ptr() for name, tensor in after.items()} == memory
     assert_refitted([after], source, TINY, recipe)
-    assert [one() for one in gone] == [None, None]
+    assert [one() for one in gone] == [None, None, None]
+
+
+class Seen(dict[str, torch.Tensor]):
+    """A state dict that notes what is looked at."""
+
+    def __init__(self, tensors: State, log: list[str]) -> None:
+        super().__init__(tensors)
+        self.log = log
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        self.log.append(name)
+        return super().__getitem__(name)
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8-block"])
+def test_work_begins_before_all_parameters_are_looked_at(
+    quant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log: list[str] = []
+    source = Seen(state(DENSE), log)
+    refit = Refit(source, spec(DENSE), Recipe(target="hf", quant=quant))
+    refit.run()
+    monkeypatch.setattr(ReferenceCopy, "run", lambda self: log.append("launch"))
+    log.clear()
+    refit.run()
+    launches = [place for place, name in enumerate(log) if name == "launch"]
+    first, others = set(log[: launches[0]]), set(log[launches[0] :]) - {"launch"}
+    assert 0 < len(first) <= len(source) // 8
+    assert not first & others
+    assert first | others == source.keys()
+    assert len(launches) == 2
+    assert launches[1] == len(log) - 1
+
+
+def test_a_parameter_without_memory_is_refused() -> None:
+    source = state(DENSE)
+    refit = Refit(source, spec(DENSE), Recipe(target="hf"))
+    refit.run()
+    source[FC1].untyped_storage().resize_(0)
+    with pytest.raises(MissingTensorError, match=f"{FC1} has no memory"):
+        refit.run()
 
 
 def test_a_parameter_whose_data_is_exchanged() -> None:
@@ -153,9 +204,10 @@ def test_the_caller_s_outputs_are_written() -> None:
         Refit(source, spec(DENSE), recipe, outputs=[mine]).run()
 
 
-@pytest.mark.parametrize("quant", ["none", "fp8", "fp8-block"])
+@pytest.mark.parametrize("quant", ["none", "fp8", "fp8-block", "nvfp4"])
 def test_buckets_share_one_buffer(quant: str) -> None:
-    recipe, limit = Recipe(target="hf", quant=quant), 60_000
+    scales = INPUTS if quant == "nvfp4" else None
+    recipe, limit = Recipe(target="hf", quant=quant, scales=scales), 60_000
     source = state(DENSE)
     refit = Refit(source, spec(DENSE), recipe)
     for seed in (1, 2):
@@ -186,6 +238,12 @@ def test_what_cannot_be_is_refused() -> None:
     assert tensor.numel()
     with pytest.raises(RecipeError, match="there are 2"):
         Refit(source, facts, Recipe(tp_size=2), wants=[2])
+    with pytest.raises(RecipeError, match="Transformer Engine changes its scales"):
+        Refit(source, facts, Recipe(target="hf", quant="fp8", scales="source"))
+    with pytest.raises(ScaleError, match="no module"):
+        Refit(source, facts, Recipe(target="hf", quant="fp8", scales={"x": {"input": 1.0}}))
+    with pytest.warns(FuseportWarning, match="no scales of the KV cache"):
+        Refit(source, facts, Recipe(kv_cache="fp8"))
     with pytest.raises(RecipeError, match="graph"):
         Refit(source, facts, Recipe(tp_size=2), graph=True)
     with pytest.raises(RecipeError, match="tp_rank 2"):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
 import torch
 
@@ -12,7 +14,7 @@ from fuseport.converter.errors import (
     UnknownTensorError,
 )
 from fuseport.converter.parallel import Parallel
-from fuseport.converter.stages import Held, Kind, gather_stage, table
+from fuseport.converter.stages import Held, Kind, chunks_as_one, gather_stage, table
 
 KIND = Kind((2,), torch.float32)
 WORDS = "embedding.word_embeddings.weight"
@@ -46,6 +48,20 @@ def test_chunks_of_one_pipeline_rank_are_just_numbered_on() -> None:
     assert list(found) == ["decoder.layers.0.x", "decoder.layers.1.x"]
     assert found["decoder.layers.0.x"] is one
     assert found["decoder.layers.1.x"] is two
+
+
+def test_chunks_as_one_have_the_whole_model_s_numbers() -> None:
+    one, two, words = (torch.ones(2) for _ in range(3))
+    chunks = [{"decoder.layers.1.x": one, WORDS: words}, {"decoder.layers.0.x": two}]
+    found = chunks_as_one(chunks, 8, pp_rank=1, pp_size=2)
+    assert list(found) == ["decoder.layers.3.x", WORDS, "decoder.layers.6.x"]
+    assert all(map(operator.is_, found.values(), (one, words, two)))
+    with pytest.raises(RecipeError, match="must divide"):
+        chunks_as_one(chunks, 6, pp_rank=1, pp_size=2)
+    with pytest.raises(RecipeError, match=r"layers\.1\.x in chunk 0"):
+        chunks_as_one(chunks, 4, pp_rank=1, pp_size=2)
+    with pytest.raises(UnknownTensorError, match=f"{WORDS} is in two chunks"):
+        chunks_as_one([{WORDS: words}, {WORDS: words}], 4, pp_rank=0, pp_size=2)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ sent, and by how many elements of its results a process does not hold. Prints a 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
@@ -20,6 +20,7 @@ import torch.distributed as dist
 from fuseport.converter import ModelSpec, Recipe, convert_state_dict
 from fuseport.converter.refit import Refit
 from fuseport.converter.shards import Place
+from fuseport.converter.stages import chunks_as_one
 from fuseport_testing.cases import Case, megatron_args
 from fuseport_testing.small_models import (
     State,
@@ -32,6 +33,7 @@ from fuseport_testing.small_models import (
 ROWS = re.compile(r"word_embeddings|output_layer|linear_qkv\.|linear_fc1\.")
 COLUMNS = re.compile(r"linear_(proj|fc2)\.weight")
 EXPERT = re.compile(r"(.*local_experts\.)(\d+)(\..*)")
+CODES = torch.float8_e4m3fn, torch.uint8
 LAYER = re.compile(r"(decoder\.layers\.)(\d+)(\..*)")
 
 
@@ -47,6 +49,8 @@ class Scenario:
     ep: int = 1
     expert_tp: int | None = None
     stays: bool = False
+    # Of each process, dealt out in turn.
+    chunks: int = 1
     # Quantised tensors of which no region is cut, and travel as codes: elements that share a scale
     # (0: a row), and its bytes.
     codes: str = "^$"
@@ -61,7 +65,7 @@ class Scenario:
         return Place(
             tp_size=tp, tp_rank=inner % tp, pp_size=self.pp, pp_rank=process // per_stage,
             ep_size=self.ep, ep_rank=inner // expert % self.ep, expert_tp_size=expert,
-            expert_tp_rank=inner % expert,
+            expert_tp_rank=inner % expert, first_layer=0 if self.chunks > 1 else None,
         )  # fmt: skip
 
 
@@ -71,8 +75,10 @@ DENSE = small(
 MOE = small(layers=2, hidden=32, heads=4, kv_channels=8, ffn=64, vocab=24, gated=True, experts=4)
 BLOCKS = small(layers=2, hidden=256, heads=8, kv_channels=64, query_groups=4, ffn=512, vocab=20)
 ALIGNED = small(layers=2, hidden=64, heads=8, kv_channels=8, ffn=256, vocab=64)
+DEEP = small(layers=8, hidden=32, heads=4, kv_channels=8, ffn=64, vocab=24)
 PARALLEL: dict[str, Any] = {"use_parallel_embedding": True}
-NO_HEAD = ("lm_head",)
+INPUTS = {"*": {"input": 0.125}}
+GIVEN = {"*": {"input": 0.125, "weight": 0.5, "kv_cache": 0.25}}
 
 SCENARIOS = (
     Scenario("same tp", ALIGNED, Recipe(tp_size=4, **PARALLEL), stays=True),
@@ -93,16 +99,22 @@ SCENARIOS = (
              codes="q_proj|k_proj|v_proj|gate|up", region=32, scale=1),
     Scenario("whole tensors, whole blocks", BLOCKS, Recipe(target="hf", quant="fp8-block"),
              codes="q_proj|o_proj|gate|up|down", region=128 * 128),
+    Scenario("whole tensors, nvfp4", DENSE, Recipe(target="hf", quant="nvfp4", scales=INPUTS)),
+    Scenario("given scales and a cache", DENSE,
+             Recipe(tp_size=2, quant="fp8", scales=GIVEN, kv_cache="fp8"), codes="", scale=0),
     Scenario("ep 2 to 4", MOE, Recipe(tp_size=4, moe_ep_size=4), ep=2, expert_tp=2),
     Scenario("ep 2 to 4, two copies", MOE, Recipe(tp_size=4, moe_ep_size=4), 2, 1, 2, 1),
     Scenario("ep 4 to 1", MOE, Recipe(target="hf", quant="fp8-block"), 1, 1, 4, 1,
              codes="experts", region=64 * 32),
     Scenario("pp 2 and tp 2", DENSE, Recipe(target="hf", quant="fp8-block"), 2, 2),
+    Scenario("pp 2 and tp 2, chunks", DEEP, Recipe(tp_size=2, pp_size=2), 2, 2, chunks=2),
 )  # fmt: skip
 
 
 def shard(state: State, scenario: Scenario, place: Place) -> State:
     """What a process has of a whole model, by its own names."""
+    if scenario.chunks > 1:
+        return _chunks(state, scenario, place)
     result: State = {}
     layers = scenario.case.layers // place.pp_size
     experts = (scenario.case.experts or 0) // place.ep_size
@@ -124,6 +136,19 @@ def shard(state: State, scenario: Scenario, place: Place) -> State:
     return result
 
 
+def _chunks(state: State, scenario: Scenario, place: Place) -> State:
+    """Each chunk is a stage of a longer pipeline."""
+    stages = place.pp_size * scenario.chunks
+    held = [
+        shard(
+            state, replace(scenario, chunks=1),
+            replace(place, pp_size=stages, pp_rank=rank, first_layer=None),
+        )
+        for rank in range(place.pp_rank, stages, place.pp_size)
+    ]  # fmt: skip
+    return chunks_as_one(held, scenario.case.layers, pp_rank=place.pp_rank, pp_size=place.pp_size)
+
+
 def _cut(name: str, value: torch.Tensor, gated: bool, rank: int, size: int) -> torch.Tensor:
     if "linear_fc1" in name and gated:
         halves = [half.chunk(size)[rank] for half in value.chunk(2)]
@@ -139,12 +164,13 @@ def lacking(scenario: Scenario, spec: ModelSpec, place: Place, rank: int, result
     marked = {n: _mark(n, t, scenario, place) for n, t in whole.items()}
     recipe = scenario.recipe
     plain = Recipe(
-        target=recipe.target, tp_size=recipe.tp_size, moe_ep_size=recipe.moe_ep_size,
+        target=recipe.target, tp_size=recipe.tp_size, pp_size=recipe.pp_size,
+        moe_ep_size=recipe.moe_ep_size,
         use_parallel_embedding=recipe.use_parallel_embedding, dtype="float32",
     )  # fmt: skip
     total = 0
     for name, tensor in convert_state_dict(marked, spec, plain)[rank].items():
-        count, quantised = int((tensor == 1).sum()), result[name].dtype is torch.float8_e4m3fn
+        count, quantised = int((tensor == 1).sum()), result[name].dtype in CODES
         if quantised and re.search(scenario.codes, name):
             region = scenario.region or tensor.shape[-1]
             assert count % region == 0
