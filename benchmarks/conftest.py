@@ -88,8 +88,9 @@ class Timed:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--results."""
+    """--results, --directory."""
     parser.addoption("--results", type=Path, help="directory of <card>.json; by default none")
+    parser.addoption("--directory", type=Path, help="where checkpoints are written")
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -41,34 +41,19 @@ def seconds(run: Run) -> float:
     return end - begin
 
 
-def milliseconds(run: Run, repeats: int = 20, warmup: int = 3) -> float:
-    """Median time of `run` on the current stream, by device events."""
-    for _ in range(warmup):
-        run()
-    times = []
-    for _ in range(repeats):
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        stop.synchronize()
-        times.append(start.elapsed_time(stop))
-    return float(statistics.median(times))
+def median_seconds(run: Run, repeats: int = 20, warmup: int = 3) -> float:
+    """Median time of some calls."""
+    times = [seconds(run) for _ in range(warmup + repeats)]
+    return statistics.median(times[warmup:])
 
 
-def copy_rate(device: torch.device, nbytes: int, repeats: int = 20, warmup: int = 3) -> float:
+def copy_rate(device: torch.device, nbytes: int) -> float:
     """Bytes per second of a copy on the device, read and written bytes counted."""
     # Random bits: zeros can be faster than real data.
     shape = (nbytes // 8,)
     source = torch.randint(-(2**62), 2**62, shape, dtype=torch.int64, device=device)
     target = torch.empty_like(source)
-    times = [seconds(lambda: target.copy_(source)) for _ in range(warmup + repeats)]
-    return 2 * nbytes / statistics.median(times[warmup:])
-
-
-def copy_bandwidth(nbytes: int = 4 << 30) -> float:
-    """`copy_rate` of the GPU in bytes per millisecond."""
-    return copy_rate(torch.device("cuda"), nbytes) / 1e3
+    return 2 * nbytes / median_seconds(lambda: target.copy_(source))
 
 
 def extra_memory(run: Run) -> int | None:

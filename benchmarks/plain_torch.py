@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 
 import torch
 
@@ -84,8 +85,12 @@ def converter(scheme: str) -> Convert:
     return convert
 
 
+@cache
 def compiled(scheme: str, device: torch.device) -> Convert:
-    """The same under torch.compile: static shapes, so one compilation for each of them."""
+    """The same under torch.compile: static shapes, so one compilation for each of them.
+
+    All who ask share one function, since a process compiles one code for eight shapes at most.
+    """
     # On a CPU the benchmarks are only kept alive: no C++ compiler is asked for.
     backend = "inductor" if device.type == "cuda" else "eager"
     made: Convert = torch.compile(converter(scheme), dynamic=False, fullgraph=True, backend=backend)
