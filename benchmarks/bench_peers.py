@@ -10,7 +10,6 @@ call; `fresh` times a new process to its first result.
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 
 import pytest
@@ -73,7 +72,6 @@ def test_peer(name: str, work: Work, timed: Timed, bench: Bench) -> None:
         pytest.skip(f"cannot be run here: {type(error).__name__}: {error}")
     run = made[0]
     share = apart(peer.read(work, run()), own_matrices(work), peer.exact)
-    gc.collect()
     if share is None:
         pytest.fail("RED: not fuseport's result; no figure")
     timed(

@@ -63,15 +63,15 @@ TOY_MOE = QWEN3_235B_EP8.replace(
 # Small, and in whole blocks of 128 × 128 on each of eight ranks.
 TOY_PEER = ModelSpec(
     num_layers=1,
-    hidden_size=256,
-    num_attention_heads=16,
+    hidden_size=128,
+    num_attention_heads=8,
     num_query_groups=8,
     kv_channels=128,
     ffn_hidden_size=1024,
     vocab_size=96,
 )
 TOY_PEER_MOE = TOY_MOE.replace(
-    hidden_size=256, num_attention_heads=4, num_query_groups=2, kv_channels=128,
+    hidden_size=128, num_attention_heads=2, num_query_groups=1, kv_channels=128,
     moe_ffn_hidden_size=128,
 )  # fmt: skip
 
