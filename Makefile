@@ -16,11 +16,9 @@ test: setup ## run the tests
 check: ## lint, types and tests
 	scripts/check
 
-bench: setup ## time kernels, drop-in and refit beside other ways (needs a GPU)
-	.venv/bin/python -m benchmarks.bench_rank
-	.venv/bin/python -m benchmarks.bench_quant
-	.venv/bin/python -m benchmarks.bench_dropin
-	.venv/bin/python -m benchmarks.bench_refit
+bench: ## time kernels, models and other ways to do the same (toy sizes without a GPU)
+	scripts/setup bench
+	.venv/bin/python -m benchmarks.run
 
 clean: ## remove .venv and everything that is generated
 	rm -rf .venv .typecheck build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache

@@ -74,20 +74,21 @@ def compile_kernel(
     Raises TypeError if `fn` is not compilable, as under TRITON_INTERPRET=1, and ValueError if the
     names are not the kernel's arguments.
     """
-    if not isinstance(fn, triton.JITFunction):
-        raise TypeError(f"{fn!r} cannot be compiled: not a triton.jit function, or interpreted")
-    source = _source(fn, signature, constexprs, divisible)
+    source = source_of(fn, signature, constexprs, divisible)
     target = GPUTarget("cuda", arch, WARP_SIZE)
     compiled = triton.compile(source, target=target, options=dict(options))
     return _describe(arch, compiled.asm["ptx"], compiled.asm["cubin"])
 
 
-def _source(
-    fn: triton.JITFunction,
+def source_of(
+    fn: object,
     signature: Signature,
     constexprs: Mapping[str, object],
     divisible: Collection[str],
 ) -> ASTSource:
+    """What triton compiles; raises as `compile_kernel` says."""
+    if not isinstance(fn, triton.JITFunction):
+        raise TypeError(f"{fn!r} cannot be compiled: not a triton.jit function, or interpreted")
     given = {**signature, **dict.fromkeys(constexprs, "constexpr")}
     wrong = (given.keys() ^ set(fn.arg_names)) | (set(divisible) - signature.keys())
     if wrong:

@@ -1,6 +1,6 @@
 """Compile the moves' kernels for each architecture and print what its assembly says, as JSON.
 
-    python -m benchmarks.aot_moves [80 90 100]
+    python -m benchmarks.aot_moves [80 90 100] [gfx942]
 
 One line a combination. Needs no GPU; must not run in Triton's interpreter.
 """
@@ -18,6 +18,7 @@ from fuseport.kernels.amax_kernel import amax_kernel
 from fuseport.kernels.fused_copy import amax_constants, constants, kernel_of, resources
 from fuseport.kernels.tables import Kind
 
+from . import aot_amd
 from .aot import Assembly, compile_kernel
 
 SOURCES = (torch.bfloat16, torch.float32)
@@ -59,6 +60,29 @@ def describe(kind: Kind, count: bool, arch: int) -> dict[str, object]:
     return {"scheme": kind.scheme, "count": count, **_facts(kind, code)}
 
 
+def describe_amd(kind: Kind) -> dict[str, object]:
+    """The same for AMD's gfx942, whose e4m3 is made by integer arithmetic."""
+    code = aot_amd.compile_kernel(
+        kernel_of(kind),
+        POINTERS,
+        constants(kind, False, False, False),
+        options=resources(kind, False),
+        divisible=tuple(POINTERS),
+    )
+    return {
+        "arch": aot_amd.ARCH,
+        "scheme": kind.scheme,
+        "order": kind.order,
+        "src": str(kind.src),
+        "dst": str(kind.dst),
+        "load": max(code.load_widths),
+        "stores": sorted(set(code.store_widths)),
+        "registers": code.registers,
+        "local": code.stack_bytes > 0,
+        "native_fp8": code.native_fp8,
+    }
+
+
 def describe_amax(src: torch.dtype, order: str, arch: int) -> dict[str, object]:
     """The same of the first of two passes."""
     kind = Kind(src, E4M3, order, True, scheme="tensor")
@@ -87,11 +111,21 @@ def _facts(kind: Kind, code: Assembly) -> dict[str, object]:
 
 def main() -> None:
     """Print a line for each combination and architecture named on the command line."""
-    archs = [int(arch) for arch in sys.argv[1:]] or [80, 90, 100]
+    chosen = sys.argv[1:] or [
+        "80",
+        "90",
+        "100",
+        *([aot_amd.ARCH] if aot_amd.is_available() else []),
+    ]
+    archs = [int(arch) for arch in chosen if arch.isdigit()]
     for (kind, count), arch in itertools.product(combinations(), archs):
         print(json.dumps(describe(kind, count, arch)), flush=True)
     for src, order, arch in itertools.product(SOURCES, ("straight", "transposed"), archs):
         print(json.dumps(describe_amax(src, order, arch)), flush=True)
+    if aot_amd.ARCH in chosen:
+        # Half of them, and none that counts: here only the shape of the code is looked at.
+        for kind in (one for one, count in combinations() if one.src is SOURCES[0] and not count):
+            print(json.dumps(describe_amd(kind)), flush=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,17 @@ import torch
 from fuseport.converter import ModelSpec
 
 Shapes = dict[str, tuple[int, ...]]
+MODULES = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
+LLAMA_8B = ModelSpec(
+    num_layers=32,
+    hidden_size=4096,
+    num_attention_heads=32,
+    num_query_groups=8,
+    kv_channels=128,
+    ffn_hidden_size=14336,
+    vocab_size=128256,
+    model_type="llama",
+)
 LLAMA_70B = ModelSpec(
     num_layers=80,
     hidden_size=8192,
@@ -47,6 +58,21 @@ TOY = ModelSpec(
 TOY_MOE = QWEN3_235B_EP8.replace(
     num_layers=1, hidden_size=64, num_attention_heads=4, num_query_groups=2, kv_channels=16,
     vocab_size=96, num_moe_experts=2, moe_ffn_hidden_size=64, moe_router_topk=2,
+)  # fmt: skip
+
+# Small, and in whole blocks of 128 × 128 on each of eight ranks.
+TOY_PEER = ModelSpec(
+    num_layers=1,
+    hidden_size=128,
+    num_attention_heads=8,
+    num_query_groups=8,
+    kv_channels=128,
+    ffn_hidden_size=1024,
+    vocab_size=96,
+)
+TOY_PEER_MOE = TOY_MOE.replace(
+    hidden_size=128, num_attention_heads=2, num_query_groups=1, kv_channels=128,
+    moe_ffn_hidden_size=128,
 )  # fmt: skip
 
 

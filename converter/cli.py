@@ -1,4 +1,4 @@
-"""The command line: `fuseport convert | inspect | verify | demo`."""
+"""The command line: `fuseport convert | inspect | verify | demo | bench`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import torch
 import typer
 from rich.console import Console
 
 from . import show
+from .backend import default_device
+from .bench import prepare
 from .checkpoint_plan import CheckpointPlan, plan_checkpoint
 from .convert import convert_checkpoint
 from .demo import write_demo_checkpoint
@@ -235,6 +238,18 @@ def demo(
     inspect(out)
     console.rule(f"fuseport verify {out} --source {source}")
     verify(out, source)
+
+
+@app.command()
+def bench(
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> None:
+    """Measure this machine: some layers in memory beside a plain copy, bits compared first."""
+    made = prepare(default_device(device))
+    console.print(show.bench_table(made, made.schemes()))
+    console.print(f"[dim]torch {torch.__version__}; a first call compiles what is not cached[/]")
+    if made.device.type != "cuda":
+        console.print(show.NO_GPU)
 
 
 class _Stopped(BaseException):

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console, RenderableType
 from rich.markup import escape
 from rich.progress import (
@@ -22,6 +23,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from .bench import Bench, Seen
 from .checkpoint import MANIFEST, read_json
 from .checkpoint_plan import CheckpointPlan
 from .errors import FuseportError
@@ -140,6 +142,27 @@ def _error_text(errors: Mapping[str, float], snr: float | None) -> Iterator[str]
             f"quantisation: {ratio} over {len(errors)} weights; largest relative error "
             f"{errors[worst]:.4f} in {escape(worst)}"
         )
+
+
+def bench_table(bench: Bench, seen: Iterable[Seen]) -> Table:
+    """What a machine did: a row a scheme."""
+    device = bench.device
+    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU, at toy size"
+    title = (
+        f"{bench.spec.num_layers} layers of a Llama-like model, {size(bench.nbytes)}, on {place}; "
+        f"a copy there: {size(bench.copy)}/s (bytes are read and written ones)"
+    )
+    columns = ("", "bytes", "first call", "kept plan", "of the copy")
+    table = Table(*columns, title=title, title_justify="left")
+    for one in seen:
+        times = (f"{1e3 * one.first:.1f} ms", f"{1e3 * one.kept:.2f} ms")
+        table.add_row(one.scheme, size(one.nbytes), *times, f"{100 * one.share:.0f}%")
+    return table
+
+
+NO_GPU = (
+    "[yellow]no GPU here[/]: these are toy sizes in plain torch, and say nothing of what a GPU does"
+)
 
 
 def verification_text(out: Path, result: Verification) -> str:
