@@ -186,6 +186,12 @@ LATENT_CASES = (
     ),
 )  # fmt: skip
 
+# Large enough for several blocks of 128 × 128, some of them cut off at an edge.
+WIDE = Case(
+    "wide", "LlamaForCausalLM", hidden=320, heads=4, query_groups=2, kv_channels=96, ffn=544,
+    layers=4, vocab=500, padded_vocab=512,
+)  # fmt: skip
+
 BY_NAME = {case.name: case for case in (*CASES, *LATENT_CASES)}
 
 
