@@ -100,7 +100,7 @@ def plan_memory(
 
 def given_in_memory(task: Task, device: torch.device, states: Mapping[str, object]) -> Given:
     """The scales that a conversion of tensors on `device` is given, by file or by `states`."""
-    table = scale_table(task.recipe, lambda: te_table(task, lambda: states))
+    table = scale_table(task.recipe, lambda: te_table(task, lambda: (states,)))
     return Given(lambda value: torch.full((1,), value, device=device), table)
 
 

@@ -111,6 +111,11 @@ class Dequantised(Stored):
         out.copy_(flat[start - first * columns : stop - first * columns])
 
 
+def read_whole(stored: Stored) -> torch.Tensor:
+    """All of a stored tensor, in memory."""
+    return _read(stored, 0, stored.numel).view(stored.shape)
+
+
 def _read(stored: Stored, start: int, stop: int) -> torch.Tensor:
     out = torch.empty(stop - start, dtype=stored.dtype)
     stored.read_flat(start, stop, out)
