@@ -139,7 +139,7 @@ def assert_as_in_memory(out: Path, state: State, recipe: Recipe) -> None:
 
 
 @pytest.mark.parametrize("form", ["method", "function"])
-@pytest.mark.parametrize(("scheme", "tp"), [("tensor", 2), ("block128", 2), ("mx32", 1)])
+@pytest.mark.parametrize(("scheme", "tp"), [("tensor", 2), ("block128", 2), ("mx32", 2)])
 def test_codes_and_scales_of_a_checkpoint_are_taken_as_they_are(
     scheme: str, tp: int, form: str, tmp_path: Path
 ) -> None:
