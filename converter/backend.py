@@ -13,6 +13,8 @@ from fuseport.kernels.reference import fused_copy_ref
 from .errors import RecipeError
 
 Run = Callable[..., "torch.Tensor | None"]
+# Merges the groups' amaxes (fp32 [1] each) in place, between finding them and quantising.
+Reduce = Callable[[tuple[torch.Tensor, ...]], object]
 Prepare = Callable[[Sequence[Move]], Callable[[], object]]
 BACKENDS = ("auto", "triton", "torch")
 
@@ -36,7 +38,7 @@ def choose(backend: str, device: torch.device) -> Run:
 class Copy(Protocol):
     """A batch of moves that is ready to be run, as often as wanted."""
 
-    def run(self) -> object:
+    def run(self, *, reduce: Reduce | None = None) -> object:
         """Run it on the current stream, without waiting."""
         ...
 
@@ -51,9 +53,9 @@ class ReferenceCopy:
     def __init__(self, moves: Sequence[Move]) -> None:
         self.moves = moves
 
-    def run(self) -> None:
+    def run(self, *, reduce: Reduce | None = None) -> None:
         """Run the moves one after the other."""
-        fused_copy_ref(self.moves)
+        fused_copy_ref(self.moves, reduce=reduce)
 
     def follow(self, moves: Sequence[Move]) -> bool:
         """Any moves will do."""

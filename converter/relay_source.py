@@ -75,9 +75,7 @@ def _grid(one: Dequantised, shape: Shape) -> Shape:
     return one.packing.grid(*shape) if any(one.packing.region) else (1,)
 
 
-def _exchanged(
-    source: Source, codes: Mapping[int, Stored], scales: Mapping[int, Stored]
-) -> Source:
+def _exchanged(source: Source, codes: Mapping[int, Stored], scales: Mapping[int, Stored]) -> Source:
     """The source with codes in the place of some values, and with the results' scales."""
     twins = {
         key: torch.empty(one.shape, dtype=one.dtype, device="meta") for key, one in codes.items()

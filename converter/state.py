@@ -16,7 +16,7 @@ from .given import Given, scale_table
 from .logical import Model
 from .megatron_names import unwrapped
 from .model import ModelSpec
-from .plan import Allocate, Planned, storage_key
+from .plan import Allocate, Planned, moves_of, storage_key
 from .quantise import build, to_quantise
 from .recipe import Recipe
 from .relay import SAME, relay, sources_of
@@ -151,7 +151,7 @@ def _relay(
 def run_plan(plan: list[Planned], backend: str) -> None:
     """Fill every planned tensor."""
     run = choose(backend, plan[0].dst.device)
-    run([move for planned in plan for move in planned.moves])
+    run(moves_of(plan))
 
 
 def weights(state_dict: Mapping[str, object]) -> dict[str, torch.Tensor]:

@@ -205,9 +205,7 @@ def _weight(file: Path, name: str, value: object) -> torch.Tensor | StoredFp8 | 
     raise SourceError(f"{file}: {name!r} is a {type(value).__name__}, not a tensor")
 
 
-def _renumber(
-    ranks: Mapping[Rank, Chunks], facts: Mapping[str, object]
-) -> dict[Rank, Entries]:
+def _renumber(ranks: Mapping[Rank, Chunks], facts: Mapping[str, object]) -> dict[Rank, Entries]:
     """Give layers their global numbers: chunk 0 of all stages in turn, then chunk 1, …"""
     counts = {len(chunks) for chunks in ranks.values()}
     if len(counts) > 1:

@@ -94,7 +94,8 @@ def shard(state: State, rank: int, tp: int) -> State:
             continue
         _, axis, parts = LINEARS[name.removeprefix(LAYER).removesuffix(".weight")]
         if isinstance(value, te.Float8Tensor):
-            result[name] = te.Float8Tensor(cut(value._data, axis, parts, rank, tp), value._scale_inv)
+            codes = cut(value._data, axis, parts, rank, tp)
+            result[name] = te.Float8Tensor(codes, value._scale_inv)
             continue
         codes = cut(value._rowwise_data, axis, parts, rank, tp)
         height, width = (128, 128) if isinstance(value, te.Float8BlockwiseQTensor) else (1, 32)

@@ -99,7 +99,7 @@ def test_experts_of_expert_ranks_in_a_legacy_checkpoint(
 def pieces(
     order: str, ep_size: int, name: str, form: Callable[[object], object] = te.byte_tensor
 ) -> dict[str, Any]:
-    """What Megatron-Core writes of a grouped linear on `ep_size` ranks; scales 2, 3, … of inputs."""
+    """What Megatron-Core writes of a grouped linear on `ep_size` ranks; inputs' scales 2, 3, …"""
     local = EXPERTS // ep_size
     whole = te.scales(EXPERTS, "by_gemm")
     found: dict[str, Any] = {}
@@ -137,7 +137,7 @@ def test_pieces_of_expert_ranks_are_joined_by_rank(order: str, ep_size: int, lay
 
 
 def test_a_number_of_expert_ranks_that_does_not_fit_is_named() -> None:
-    with pytest.raises(ScaleError, match="order .* does not show"):
+    with pytest.raises(ScaleError, match=r"order .* does not show"):
         from_te_states(pieces("by_gemm", 2, NAMES["stacked"]), ep_size=1)
     with pytest.raises(ScaleError, match=r"4 experts' states of 3 expert-parallel ranks"):
         from_te_states(pieces("by_gemm", 2, NAMES["stacked"]), ep_size=3)
@@ -158,12 +158,15 @@ def linears() -> dict[str, Any]:
     return found
 
 
-def check_expert(found: dict[str, torch.Tensor]) -> None:
+def inverse(scale: int) -> float:
+    return float(np.float32(1) / np.float32(scale))
+
+
+def check_experts(found: dict[str, torch.Tensor]) -> None:
     for expert, part in product(range(EXPERTS), ("w1", "w2", "w3")):
         module = f"{EXPERT}{expert}.{part}"
-        assert float(found[f"{module}.input_scale"]) == float(np.float32(1) / np.float32(2 + expert))
-        weight_scale = float(np.float32(1) / np.float32(10 * (2 + expert)))
-        assert float(found[f"{module}.weight_scale"]) == weight_scale
+        assert float(found[f"{module}.input_scale"]) == inverse(2 + expert)
+        assert float(found[f"{module}.weight_scale"]) == inverse(10 * (2 + expert))
 
 
 def test_scales_of_expert_ranks_in_a_whole_conversion(tmp_path: Path) -> None:
@@ -179,7 +182,7 @@ def test_scales_of_expert_ranks_in_a_whole_conversion(tmp_path: Path) -> None:
     (source / "metadata.json").write_text('{"sharded_backend": "torch_dist"}')
     convert_checkpoint(source, tmp_path / "out", Recipe(target="hf", quant="fp8", scales="source"))
     (file,) = (tmp_path / "out").glob("*.safetensors")
-    check_expert(load_file(file))
+    check_experts(load_file(file))
 
 
 def test_scales_of_a_legacy_checkpoint_in_a_whole_conversion(tmp_path: Path) -> None:
