@@ -149,7 +149,7 @@ def _global_name(name: str, ep_rank: int, grid: _Grid) -> str:
     return numbered_expert(name, ep_rank * count, count)
 
 
-def _drop_tied_output(stages: dict[str, dict[Rank, torch.Tensor]], grid: _Grid) -> None:
+def _drop_tied_output(stages: dict[str, dict[Rank, Shard]], grid: _Grid) -> None:
     """Tied embeddings: the last stage's copy must be the first's, and is then left out."""
     if grid.facts.get("untie_embeddings_and_output_weights") is not False:
         return

@@ -67,14 +67,10 @@ def whole_state(scheme: str) -> State:
     norms = ("decoder.final_layernorm", f"{LAYER}input_layernorm", f"{LAYER}pre_mlp_layernorm")
     made |= {f"{name}.weight": torch.rand(HIDDEN) for name in norms}
     for number, (name, (shape, _, _)) in enumerate(LINEARS.items()):
-        make = {
-            "tensor": lambda *size: (te.Float8Tensor(te.codes(*size), torch.tensor([0.5])), None),
-            "block128": te.blockwise,
-            "mx32": te.mx,
-        }[scheme]
-        weight = make(*shape)[0]
         if scheme == "tensor":
-            weight._scale_inv += number
+            weight: Any = te.Float8Tensor(te.codes(*shape), torch.tensor([0.5 + number]))
+        else:
+            weight, _ = te.blockwise(*shape) if scheme == "block128" else te.mx(*shape)
         made[f"{LAYER}{name}.weight"] = weight
     return made
 

@@ -67,7 +67,7 @@ def test_without_a_group_a_shared_scale_is_refused() -> None:
 def test_one_rank_and_given_scales_need_no_group() -> None:
     (found,) = convert_case(DENSE, 1, quantisation=Recipe(**RECIPE), dtype="bfloat16")
     assert_same_bits(found, whole(DENSE, 1, 1, RECIPE)[0])
-    recipe = {"quant": "fp8", "scales": {"*": {"input": 0.25, "weight": 0.01}}}
+    recipe: dict[str, Any] = {"quant": "fp8", "scales": {"*": {"input": 0.25, "weight": 0.01}}}
     ranks = convert_case(DENSE, 2, quantisation=Recipe(**recipe), dtype="bfloat16")
     for rank, expected in zip(ranks, whole(DENSE, 2, 1, recipe), strict=True):
         assert_same_bits(rank, expected)
@@ -75,7 +75,7 @@ def test_one_rank_and_given_scales_need_no_group() -> None:
 
 def test_scales_of_rows_are_a_rank_s_own() -> None:
     """A row that ranks share by columns has a scale on each of them, of the part that is there."""
-    recipe = {"quant": "fp8-row"}
+    recipe: dict[str, Any] = {"quant": "fp8-row"}
     ranks = convert_case(DENSE, 2, quantisation=Recipe(**recipe), dtype="bfloat16")
     for rank, expected in zip(ranks, whole(DENSE, 2, 1, recipe), strict=True):
         assert_same_bits(rank, expected)

@@ -22,7 +22,8 @@ def _magnitudes(dtype: type) -> Matrix:
     """Every finite magnitude of a format, by its code."""
     bits = np.dtype(dtype).itemsize * 8 if dtype is not ml_dtypes.float4_e2m1fn else 4
     values = np.arange(2 ** (bits - 1), dtype=np.uint8).view(dtype).astype(np.float64)
-    return values[np.isfinite(values)]
+    finite: Matrix = values[np.isfinite(values)]
+    return finite
 
 
 E4M3, E2M1 = _magnitudes(ml_dtypes.float8_e4m3fn), _magnitudes(ml_dtypes.float4_e2m1fn)
@@ -35,7 +36,8 @@ def nearest(values: Matrix, magnitudes: Matrix) -> Matrix:
     low, high = magnitudes[above - 1], magnitudes[above]
     up = wanted - low > high - wanted
     tie = wanted - low == high - wanted
-    return np.copysign(np.where(up | (tie & (above % 2 == 0)), high, low), values)
+    rounded: Matrix = np.copysign(np.where(up | (tie & (above % 2 == 0)), high, low), values)
+    return rounded
 
 
 def _scaled(values: Matrix, scales: Matrix, magnitudes: Matrix) -> Matrix:
