@@ -51,7 +51,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "mlp_bias": ("mlp_bias",),
     "moe_router_linear_bias": ("moe_router_linear_bias",),
     "special": ("special",),
-    "further_layers": ("further_layers",),
+    "further_layers": ("further_layers", "mtp_num_layers"),
     "moe_router_score_function": ("moe_router_score_function",),
     "moe_router_num_groups": ("moe_router_num_groups",),
     "moe_router_group_topk": ("moe_router_group_topk",),
@@ -74,7 +74,8 @@ OTHER = "other"
 REFUSED = {
     "attention_output_gate": "linear_qkv holds gate rows",
     "moe_mlp_glu_interleave_size": "gate and up rows are interleaved",
-    "mtp_num_layers": "the model has multi-token-prediction layers",
+    "mtp_use_repeated_layer": "one layer predicts several further tokens",
+    "mtp_layer_pattern": "layers that predict further tokens are not transformer layers",
     "experimental_attention_variant": "attention is not softmax attention",
     "linear_attention_freq": "attention is not softmax attention",
     "is_hybrid_model": "layers are not all transformer layers",

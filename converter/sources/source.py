@@ -20,6 +20,7 @@ from ..targets.target import Origin
 from .hf import is_hf, read_hf
 from .hf_model import read_hf_model
 from .megatron import read_model
+from .megatron_names import FURTHER
 from .merge_shards import merge_shards, merge_states
 from .mp_rank import read_mp_rank
 from .stored import Stored
@@ -100,10 +101,27 @@ def _open(path: Path, facts: Mapping[str, object], family: Table | None, mtp: st
         stored = merge_shards(legacy.shards, all_facts)
         source = make_source(path, "mp_rank", stored, legacy.facts, legacy.ignored)
         states = partial(merge_states, legacy.states, all_facts)
-        return dataclasses.replace(source, states=states)
+        return _with_further(dataclasses.replace(source, states=states), mtp)
     opened = read_torch_dist(path)
     source = make_source(opened.origin, "torch_dist", opened.tensors, opened.facts, opened.ignored)
-    return dataclasses.replace(source, states=lambda: (opened.states(),))
+    source = dataclasses.replace(source, states=lambda: (opened.states(),))
+    return _with_further(source, mtp)
+
+
+def _with_further(source: Source, mtp: str) -> Source:
+    """A Megatron source with, or without, the layers that predict further tokens."""
+    extra = [name for name in source.tensors if name.startswith(FURTHER)]
+    if mtp == "keep":
+        return source
+    facts = {name: value for name, value in source.facts.items() if not name.startswith("mtp_")}
+    dropped = {storage_key(source.tensors[name]) for name in extra}
+    return dataclasses.replace(
+        source,
+        tensors={name: one for name, one in source.tensors.items() if name not in extra},
+        stored={key: one for key, one in source.stored.items() if key not in dropped},
+        facts=facts,
+        ignored={**source.ignored, **dict.fromkeys(extra, "predicts further tokens")},
+    )
 
 
 def _open_hf(path: Path, table: Table | None, mtp: str) -> Source:

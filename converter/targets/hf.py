@@ -74,13 +74,16 @@ class HfRules:
         yield from names.norm("further.norm", further.norm)
         for part in ("embedding", "output"):
             table = getattr(further, part)
-            if table is not None and self._vocabulary(table).shape != table.shape:
+            if table is None:
+                continue
+            # What is the model's own has the model's padding.
+            own = table is not getattr(self.model, part)
+            if own and self._vocabulary(table).shape != table.shape:
                 raise ShapeError(
                     f"vocab_size = {self.spec.vocab_size}, but layer {names.layer} has an {part} "
                     f"of its own with {table.shape[0]} rows; leave out --vocab-size or --mtp keep"
                 )
-            if table is not None:
-                yield names.tensor(f"further.{part}", table)
+            yield names.tensor(f"further.{part}", self._vocabulary(table))
 
     def _vocabulary(self, table: torch.Tensor) -> torch.Tensor:
         size = self.spec.vocab_size or table.shape[0]

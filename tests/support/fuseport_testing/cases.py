@@ -7,7 +7,7 @@ differ where the architecture allows it, and the vocabulary is padded.
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,6 +54,8 @@ class Case:
     # Further fields of Megatron's configuration, by name, as its arguments have them.
     latent: tuple[tuple[str, object], ...] = ()
     router: tuple[tuple[str, object], ...] = ()
+    # Layers behind the last one, which predict further tokens.
+    further: int = 0
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer (counted over the whole model) has experts."""
@@ -185,6 +187,7 @@ LATENT_CASES = (
         router=_SIGMOID,
     ),
 )  # fmt: skip
+LATENT_CASES += (replace(LATENT_CASES[0], name="deepseek_further", further=2),)
 
 # Large enough for several blocks of 128 × 128, some of them cut off at an edge.
 WIDE = Case(
@@ -249,6 +252,7 @@ def _architecture_args(case: Case) -> dict[str, object]:
         "rotary_base": case.rotary_base,
         "rotary_percent": case.rotary_percent,
         "max_position_embeddings": case.positions,
+        "mtp_num_layers": case.further or None,
         "untie_embeddings_and_output_weights": not case.tied,
     }
     if case.gated and "gelu" in case.activation:
