@@ -23,6 +23,7 @@ from .megatron import read_model
 from .megatron_names import FURTHER
 from .merge_shards import merge_shards, merge_states
 from .mp_rank import read_mp_rank
+from .mxfp4 import Mxfp4
 from .stored import Stored
 from .torch_dist import read_torch_dist
 
@@ -157,7 +158,8 @@ def make_source(
     for name, one in stored.items():
         twin = torch.empty(one.shape, dtype=one.dtype, device="meta")
         by_storage[storage_key(twin)] = one
-        tensors.update(by_layer(name, twin))
+        # A model keeps what lies in blocks along its rows as columns.
+        tensors.update(by_layer(name, twin.mT if isinstance(one, Mxfp4) else twin))
     return Source(origin, kind, tensors, by_storage, facts, ignored)
 
 
