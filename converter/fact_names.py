@@ -85,7 +85,15 @@ REFUSED = {
     "window_size": "attention looks at a window",
     "activation_func_clamp_value": "the activation is clamped",
     "glu_linear_offset": "the MLP's ungated half has an offset",
+    "apply_residual_connection_post_layernorm": "residuals are taken behind the norms",
     "moe_router_pre_softmax": "experts' weights do not sum to one",
+}
+
+# Families whose layers Megatron-Core (up to 0.19) does not have: they come from Hugging Face only.
+NOT_FROM_MEGATRON = {
+    "gemma2": "norms behind attention and MLP, and capped logits",
+    "gemma3": "norms behind attention and MLP",
+    "gemma3_text": "norms behind attention and MLP",
 }
 
 # Options that not every target can say → the values with which they change nothing.
