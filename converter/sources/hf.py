@@ -57,7 +57,7 @@ def read_hf(path: Path, own: Table | None = None, mtp: str = "drop") -> HfCheckp
     config = read_object(regular_file(path, CONFIG))
     family = family_of(str(config.get("model_type")), own)
     tensors = _indexed(path) if (path / INDEX).exists() else read_header(regular_file(path, WHOLE))
-    if is_mxfp4(config):
+    if is_mxfp4(config, tensors):
         tensors = unpacked(tensors)
         packing = None
     else:

@@ -8,7 +8,7 @@ the transpose, [E, columns, rows]. Source: `convert_moe_packed_tensors` in trans
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -59,10 +59,11 @@ class Mxfp4(Stored):
         out.copy_(values.view(-1)[start - begin : stop - begin])
 
 
-def is_mxfp4(config: Mapping[str, object]) -> bool:
-    """Whether a config.json says that experts are in MXFP4."""
+def is_mxfp4(config: Mapping[str, object], names: Iterable[str]) -> bool:
+    """Whether a config.json says that weights are in MXFP4, and some are."""
     said = config.get("quantization_config")
-    return isinstance(said, Mapping) and said.get("quant_method") == METHOD
+    says = isinstance(said, Mapping) and said.get("quant_method") == METHOD
+    return says and any(name.endswith((BLOCKS, SCALES)) for name in names)
 
 
 def unpacked(tensors: Mapping[str, Stored]) -> dict[str, Stored]:

@@ -110,10 +110,10 @@ def _open(path: Path, facts: Mapping[str, object], family: Table | None, mtp: st
 
 
 def _with_further(source: Source, mtp: str) -> Source:
-    """A Megatron source with, or without, the layers that predict further tokens."""
-    extra = [name for name in source.tensors if name.startswith(FURTHER)]
-    if mtp == "keep":
+    """A Megatron source with, or without, the layers that it says predict further tokens."""
+    if mtp == "keep" or not source.facts.get("mtp_num_layers"):
         return source
+    extra = [name for name in source.tensors if name.startswith(FURTHER)]
     facts = {name: value for name, value in source.facts.items() if not name.startswith("mtp_")}
     dropped = {storage_key(source.tensors[name]) for name in extra}
     return dataclasses.replace(

@@ -142,7 +142,7 @@ def _not_one(archive: zipfile.ZipFile, count: int, where: str) -> FuseportError:
     damaged = CorruptSourceError(f"{where}: expected one data record, found {count}")
     try:
         value = load_pickle(read_record(archive, "data.pkl", _MAX_DESCRIPTION_BYTES, where), where)
-    except CorruptSourceError:
+    except SourceError:
         return damaged
     if not isinstance(value, Inert) or not value.path.startswith("transformer_engine."):
         return damaged

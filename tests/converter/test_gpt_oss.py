@@ -14,7 +14,8 @@ pytest.importorskip("transformers")
 from fuseport_testing.hf_models import BY_NAME, load, logits, make, wide
 from fuseport_testing.quantised_loader import dequantised, stored_tensors
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, Mxfp4Config
+from transformers import AutoModelForCausalLM
+from transformers.utils.quantization_config import Mxfp4Config
 
 from fuseport.converter import Recipe, convert_checkpoint, plan_checkpoint, verify_checkpoint
 from fuseport.converter.errors import (

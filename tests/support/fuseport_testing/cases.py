@@ -187,7 +187,7 @@ LATENT_CASES = (
         router=_SIGMOID,
     ),
 )  # fmt: skip
-LATENT_CASES += (replace(LATENT_CASES[0], name="deepseek_further", further=2),)
+FURTHER = replace(LATENT_CASES[0], name="deepseek_further", further=2)
 
 # Large enough for several blocks of 128 × 128, some of them cut off at an edge.
 WIDE = Case(
@@ -195,7 +195,7 @@ WIDE = Case(
     layers=4, vocab=500, padded_vocab=512,
 )  # fmt: skip
 
-BY_NAME = {case.name: case for case in (*CASES, *LATENT_CASES)}
+BY_NAME = {case.name: case for case in (*CASES, *LATENT_CASES, FURTHER, WIDE)}
 
 
 def some_tokens(case: Case, batch: int = 2, length: int = 7) -> torch.Tensor:
