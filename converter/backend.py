@@ -15,6 +15,8 @@ from fuseport.kernels.reference import fused_copy_ref
 from .errors import RecipeError
 
 Run = Callable[..., "torch.Tensor | None"]
+# Merges the groups' amaxes (fp32 [1] each) in place, between finding them and quantising.
+Reduce = Callable[[tuple[torch.Tensor, ...]], object]
 Prepare = Callable[[Sequence[Move]], Callable[[], object]]
 BACKENDS = ("auto", "triton", "torch")
 
@@ -43,7 +45,7 @@ class Copy(Protocol):
         *,
         count: bool = False,
         power: torch.Tensor | None = None,
-        reduce: Callable[[tuple[torch.Tensor, ...]], object] | None = None,
+        reduce: Reduce | None = None,
     ) -> torch.Tensor | None:
         """Run it on the current stream, without waiting; see `FusedCopy.run`."""
         ...
@@ -64,7 +66,7 @@ class ReferenceCopy:
         *,
         count: bool = False,
         power: torch.Tensor | None = None,
-        reduce: Callable[[tuple[torch.Tensor, ...]], object] | None = None,
+        reduce: Reduce | None = None,
     ) -> torch.Tensor | None:
         """Run the moves one after the other."""
         return fused_copy_ref(self.moves, count=count, power=power, reduce=reduce)

@@ -19,6 +19,7 @@ from .model import ModelSpec
 from .plan import Planned, on_meta, storage_key
 from .quantise import build
 from .recipe import Recipe
+from .relay_source import with_codes
 from .sources.source import Source, open_source
 from .sources.stored import Piece, Stored
 from .state import check_complete, zero_row
@@ -117,15 +118,17 @@ def plan_checkpoint(
     target = TARGETS[recipe.target]
     target.check(spec, recipe)
     check_complete(model, spec)
+    opened, model, relaid = with_codes(opened, model, spec, recipe)
     zeros = zero_row(model, spec, torch.device("cpu"))
     twin = torch.empty_like(zeros, device="meta")
     piece = Piece((0, 0), tuple(zeros.shape), zeros)
     padding = Stored(PADDING, tuple(zeros.shape), zeros.dtype, (piece,))
     task = Task(model, spec, recipe, twin, origin=opened.handed_on)
-    kept, codes = twins_of(opened.stored)
+    kept, codes = twins_of(opened.stored) if opened.kind == "hf" else ({}, {})
     stored = {**opened.stored, **codes, storage_key(twin): padding}
     constants = StoredConstants(stored)
-    scales = Given(constants, scale_table(recipe, partial(te_table, task, opened.states)))
+    in_source = partial(te_table, task, opened.states, opened.ep_size)
+    scales = Given(constants, scale_table(recipe, in_source), relaid=relaid)
     return lay_out_plan(opened, task, stored, seen, scales, kept)
 
 

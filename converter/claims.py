@@ -54,6 +54,10 @@ class Claims:
         check_dtype(found[0], tensor.dtype, self.dtypes)
         return tensor
 
+    def has(self, prefix: str) -> bool:
+        """Whether a tensor is left whose name begins like this."""
+        return any(name.startswith(prefix) for name in self._left)
+
     def need(self, spellings: Spellings, shape: tuple[int | None, ...]) -> torch.Tensor:
         """Like `take`, for a tensor that must be there.
 

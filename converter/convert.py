@@ -27,7 +27,7 @@ from .publish import Partial, keep_apart, publish
 from .recipe import Recipe
 from .report import Report
 from .sources.checksums import Checking, summed
-from .sources.megatron import read_model
+from .sources.megatron import read_model, without_further
 from .sources.source import Source
 from .state import check_complete, given_in_memory, read_stored, weights, zero_row
 from .stored_codes import tally
@@ -153,6 +153,8 @@ def _plan_memory(
     recipe: Recipe,
     scales: Mapping[str, GivenScale] | None,
 ) -> CheckpointPlan:
+    if recipe.mtp == "drop":
+        state_dict, spec = without_further(state_dict, spec)
     TARGETS[recipe.target].check(spec, recipe)
     if found := list(read_stored(state_dict)):
         raise UnsupportedOptionError(

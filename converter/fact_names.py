@@ -51,7 +51,7 @@ NAMES: dict[str, tuple[str, ...]] = {
     "mlp_bias": ("mlp_bias",),
     "moe_router_linear_bias": ("moe_router_linear_bias",),
     "special": ("special",),
-    "further_layers": ("further_layers",),
+    "further_layers": ("further_layers", "mtp_num_layers"),
     "moe_router_score_function": ("moe_router_score_function",),
     "moe_router_num_groups": ("moe_router_num_groups",),
     "moe_router_group_topk": ("moe_router_group_topk",),
@@ -74,7 +74,8 @@ OTHER = "other"
 REFUSED = {
     "attention_output_gate": "linear_qkv holds gate rows",
     "moe_mlp_glu_interleave_size": "gate and up rows are interleaved",
-    "mtp_num_layers": "the model has multi-token-prediction layers",
+    "mtp_use_repeated_layer": "one layer predicts several further tokens",
+    "mtp_layer_pattern": "layers that predict further tokens are not transformer layers",
     "experimental_attention_variant": "attention is not softmax attention",
     "linear_attention_freq": "attention is not softmax attention",
     "is_hybrid_model": "layers are not all transformer layers",
@@ -84,7 +85,15 @@ REFUSED = {
     "window_size": "attention looks at a window",
     "activation_func_clamp_value": "the activation is clamped",
     "glu_linear_offset": "the MLP's ungated half has an offset",
+    "apply_residual_connection_post_layernorm": "residuals are taken behind the norms",
     "moe_router_pre_softmax": "experts' weights do not sum to one",
+}
+
+# Families whose layers Megatron-Core (up to 0.19) does not have: they come from Hugging Face only.
+NOT_FROM_MEGATRON = {
+    "gemma2": "norms behind attention and MLP, and capped logits",
+    "gemma3": "norms behind attention and MLP",
+    "gemma3_text": "norms behind attention and MLP",
 }
 
 # Options that not every target can say → the values with which they change nothing.

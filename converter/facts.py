@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from .errors import ModelError, UnsupportedOptionError
-from .fact_names import ACTIVATIONS, ONLY, REFUSED
+from .fact_names import ACTIVATIONS, NOT_FROM_MEGATRON, ONLY, REFUSED
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,12 @@ def loose(kind: Kind, value: object) -> object:
 
 def refuse(facts: Mapping[str, object]) -> None:
     """Raise UnsupportedOptionError if an option is set that no rule handles."""
+    family = facts.get("model_type")
+    if isinstance(family, str) and family in NOT_FROM_MEGATRON:
+        raise UnsupportedOptionError(
+            f"model_type = {family!r} has {NOT_FROM_MEGATRON[family]}, which Megatron-Core's "
+            f"layers do not have; convert it from its Hugging Face checkpoint"
+        )
     for option, meaning in REFUSED.items():
         if facts.get(option):
             raise UnsupportedOptionError(

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 
 from fuseport.kernels.move import Move
 from fuseport.kernels.quant import Scheme
 
+from .backend import Reduce
 from .cuts import Run
 from .loads import key_of
 from .plan import bind, extent, storage_key
 from .quantise import on_real
 from .windows import Window
-
-Reduce = Callable[[tuple[torch.Tensor, ...]], object]
 
 
 def bound_moves(

@@ -16,17 +16,25 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .backend import preparer
+from .backend import copier, preparer
 from .claims import LenientClaims
 from .errors import RecipeError
 from .exchange import Rows, exchange_rows, kv_ranges, vocabulary_ranges
 from .host_output import Block, HostOutput, places_of
-from .megatron_base import WeightsConverter, str_dtype_to_torch
+from .megatron_base import (
+    WeightsConverter,
+    addresses,
+    quantised,
+    share_memory,
+    str_dtype_to_torch,
+)
 from .megatron_names import MODULES, to_megatron
 from .megatron_single import SingleDeviceTRTLLMModelWeightsConverter
 from .model import ModelSpec
 from .parallel import Parallel, current_parallel
-from .plan import build, on_meta
+from .plan import build, moves_of, on_meta
+from .recipe import Recipe
+from .shared_amax import reducer
 from .sources.megatron import read_model
 from .stages import gather_stage
 from .state import plan_memory, run_plan, tensors_of, weights
@@ -59,6 +67,9 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
             returns; "cuda" leaves them where the state dict is.
         consume: empty the caller's state dict as its tensors are used.
         backend: "auto", "triton" or "torch".
+        quantisation: a recipe whose `quant`, `exclude` and `scales` say how linear weights without
+            given `scales` are quantised; modules have their target names, layers numbered from the
+            stage's first. A scale of a whole weight is found over all tensor-parallel ranks.
 
     Raises:
         RecipeError: sizes that do not go together, or an unknown dtype or output.
@@ -76,8 +87,10 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         output: str = "host",
         consume: bool = False,
         backend: str = "auto",
+        quantisation: Recipe | None = None,
     ) -> None:
         super().__init__(transformer_config, dtype, multi_query_mode, activation, scales, backend)
+        self._quantised = quantised(quantisation or Recipe())
         if output not in ("host", "cuda"):
             raise RecipeError(f"output {output!r} is neither 'host' nor 'cuda'")
         place = parallel or current_parallel()
@@ -100,7 +113,8 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         """Fill `trtllm_model_weights` from a rank's state dict, or from its chunks' state dicts.
 
         Collective over the tensor parallel group where rows of other ranks are needed: if the
-        vocabulary without padding is not split as the padded one was, or tp exceeds the KV heads.
+        vocabulary without padding is not split as the padded one was, or tp exceeds the KV heads;
+        and where ranks share a scale that is computed.
         Collective over the pipeline group for chunks on several pipeline ranks.
 
         Args:
@@ -117,13 +131,13 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         chunks: list[dict[str, Any]] = (
             [model_state_dict] if isinstance(model_state_dict, dict) else [*model_state_dict]
         )
-        key = (one, tokenizer_vocab_size, dict(trtllm_conversion_dict), *map(_addresses, chunks))
+        key = (one, tokenizer_vocab_size, dict(trtllm_conversion_dict), *map(addresses, chunks))
         if self._planned_for != key:
             named = self._stage(chunks, one, trtllm_conversion_dict)
             tensors = self._own_rows(named, trtllm_conversion_dict, tokenizer_vocab_size)
             self._prepare(tensors, trtllm_conversion_dict)
             # What came from other ranks must come again the next time, on all ranks alike.
-            kept = (one or self.inference_pp_size == 1) and _share_memory(tensors, named)
+            kept = (one or self.inference_pp_size == 1) and share_memory(tensors, named)
             self._planned_for = key if kept else ()
         self._results = self._run()
         self.trtllm_model_weights |= self._results
@@ -144,24 +158,33 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
     def _prepare(self, tensors: Mapping[str, torch.Tensor], conversion: Mapping[str, Any]) -> None:
         """Plan, and keep the plan: it runs again as long as the tensors stay where they are."""
         spec = self._shard_facts(conversion)
-        recipe = self.recipe(use_parallel_embedding=True)
+        recipe = self.recipe(use_parallel_embedding=True, **self._quantised)
         device = next(iter(tensors.values())).device
-        allocate = on_meta if self.output == "host" else None
+        # What shares a scale is filled at once, and so not through windows.
+        through_windows = self.output == "host" and recipe.quant == "none"
         model, scales = read_model(tensors, spec, LenientClaims), self.given_scales(device)
+        allocate = on_meta if through_windows else None
         plan = plan_memory(tensors, model, spec, recipe, scales, allocate)
-        if self.output == "host":
+        names = [planned.name for planned in plan]
+        if through_windows:
             # Now, so that it is populated while the rest is made ready.
             self._block.reserve(places_of(plan)[1])
-        prepare = preparer(self.backend, device)
-        self._forget()
-        names = [planned.name for planned in plan]
-        if self.output == "host":
+            prepare = preparer(self.backend, device)
+            self._forget()
             host = HostOutput(plan, prepare, device, self._block)
             self._run = lambda: dict(zip(names, host.run(), strict=True))
             return
-        run = prepare([move for planned in plan for move in planned.moves])
+        copy, reduce = copier(self.backend, device)(moves_of(plan)), reducer(plan, self.parallel)
+        self._forget()
         results = dict(zip(names, [planned.dst for planned in plan], strict=True))
-        self._run = lambda: (run(), results)[1]
+        self._run = lambda: (copy.run(reduce=reduce), self._placed(results))[1]
+
+    def _placed(self, results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Results on the device, where `output` wants them."""
+        return {name: self._kept(tensor) for name, tensor in results.items()}
+
+    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.cpu() if self.output == "host" else tensor
 
     def _forget(self) -> None:
         """A dict without an earlier plan's results: their memory is about to be used again."""
@@ -233,7 +256,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         self._keep(layer_name, self.cast(layer_name, stored))
 
     def _keep(self, name: str, tensor: torch.Tensor) -> None:
-        self.trtllm_model_weights[name] = tensor.cpu() if self.output == "host" else tensor
+        self.trtllm_model_weights[name] = self._kept(tensor)
 
     def _convert_transformer_layer(self, layer_name: str, val: torch.Tensor) -> None:
         """Convert one tensor of a layer, given by its target name and as Megatron has it."""
@@ -272,20 +295,3 @@ def _kv_ranges(name: str, spec: ModelSpec, groups: int, tp: int) -> list[list[Ro
             f"of the groups and divide the heads"
         )
     return kv_ranges(heads, groups, spec.kv_channels, tp)
-
-
-def _addresses(state_dict: Mapping[str, Any]) -> list[tuple[object, ...]]:
-    """Where a state dict's tensors are: while that is the same, so is the plan."""
-    return [
-        (name, value.data_ptr(), value.dtype, value.shape, value.stride())
-        for name, value in state_dict.items()
-        if isinstance(value, torch.Tensor)
-    ]
-
-
-def _share_memory(tensors: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> bool:
-    """True if every tensor is a view of the source of its name."""
-    return all(
-        tensor.untyped_storage().data_ptr() == sources[name].untyped_storage().data_ptr()
-        for name, tensor in tensors.items()
-    )

@@ -15,7 +15,7 @@ from .errors import RecipeError
 from .layout import leaves
 from .megatron_names import is_nemotron_nas
 from .model import ModelSpec
-from .recipe import DTYPES, Recipe
+from .recipe import DTYPES, FROM_SOURCE, Recipe
 from .sources.megatron import read_model
 from .state import zero_row
 from .targets.parts import TargetTensor
@@ -139,3 +139,33 @@ def _with_second(
         if ".experts.experts.linear_fc1." in name
     }
     return seconds | dict(tensors)
+
+
+def quantised(recipe: Recipe) -> dict[str, Any]:
+    """The fields that a shard's recipe takes over from the caller's.
+
+    Raises:
+        RecipeError: it wants scales that are not read from shards.
+    """
+    if recipe.scales == FROM_SOURCE:
+        raise RecipeError(
+            "quantisation: scales = 'source' is not read from shards; give a table of scales"
+        )
+    return {name: getattr(recipe, name) for name in ("quant", "exclude", "scales")}
+
+
+def addresses(state_dict: Mapping[str, Any]) -> list[tuple[object, ...]]:
+    """Where a state dict's tensors are: while that is the same, so is the plan."""
+    return [
+        (name, value.data_ptr(), value.dtype, value.shape, value.stride())
+        for name, value in state_dict.items()
+        if isinstance(value, torch.Tensor)
+    ]
+
+
+def share_memory(tensors: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> bool:
+    """True if every tensor is a view of the source of its name."""
+    return all(
+        tensor.untyped_storage().data_ptr() == sources[name].untyped_storage().data_ptr()
+        for name, tensor in tensors.items()
+    )

@@ -60,6 +60,11 @@ def plain(target: TargetTensor, allocate: Allocate) -> Planned:
     return Planned(target.rank, target.name, dst, moves, unquantised=unquantised)
 
 
+def moves_of(plan: Iterable[Planned]) -> list[Move]:
+    """All moves of a plan, in its order."""
+    return [move for planned in plan for move in planned.moves]
+
+
 def on_meta(shape: Shape, *, dtype: torch.dtype) -> torch.Tensor:
     """Allocate nothing: a tensor of shape and strides only."""
     return torch.empty(shape, dtype=dtype, device="meta")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -127,6 +128,11 @@ class Recipe:
     def moe_tp_size(self) -> int:
         """How many ranks share one expert."""
         return self.tp_size // self.moe_ep_size
+
+
+def matches(module: str, patterns: Sequence[str]) -> bool:
+    """Whether one of the patterns is a module's."""
+    return any(fnmatch.fnmatchcase(module, pattern) for pattern in patterns)
 
 
 def _patterns(given: object) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from .quantise import build
 from .recipe import Recipe
 from .scales import ScaleTable
 from .shards import Held, Place, everywhere, kinds_of, whole_names, whole_tensors
-from .sources.megatron import read_model
+from .sources.megatron import read_model, without_further
 from .state import check_complete, weights, zero_row
 from .targets.table import TARGETS
 from .targets.target import Task
@@ -71,6 +71,8 @@ def plan_refit(
         FuseportError: the same on every process.
     """
     ranks = None if wants is None else tuple(wants)
+    if recipe.mtp == "drop":
+        source, spec = without_further(source, spec)
     # Errors come after the exchange, so that nobody waits for a process that gave up.
     tensors = {name: value for name, value in source.items() if isinstance(value, torch.Tensor)}
     offer = _Offer(Held(place, kinds_of(tensors)), spec, recipe, ranks)

@@ -15,11 +15,11 @@ import torch
 
 from .layout import leaves, pairs, shape_of
 from .plan import on_meta, storage_key
-from .sources.stored_fp8 import StoredFp8
+from .sources.stored_fp8 import QUANTS, StoredFp8
 from .targets.parts import TargetTensor
 
 # Recipe.quant → the scheme of a stored weight that is the same.
-SAME = {"fp8": "tensor", "fp8-block": "block128", "mxfp8": "mx32"}
+SAME = {quant: scheme for scheme, quant in QUANTS.items()}
 # Rows and columns of a scale's region; 0 is the whole matrix.
 REGIONS = {"tensor": (0, 0), "block128": (128, 128), "mx32": (1, 32)}
 

@@ -16,11 +16,11 @@ from .given import Given, scale_table
 from .logical import Model
 from .megatron_names import unwrapped
 from .model import ModelSpec
-from .plan import Allocate, Planned, storage_key
+from .plan import Allocate, Planned, moves_of, storage_key
 from .quantise import build, to_quantise
 from .recipe import Recipe
 from .relay import SAME, relay, sources_of
-from .sources.megatron import read_model
+from .sources.megatron import read_model, without_further
 from .sources.stored_fp8 import StoredFp8, dequantise, is_stored_fp8, read_stored_fp8
 from .targets.table import TARGETS, te_table
 from .targets.target import Task
@@ -40,7 +40,8 @@ def convert_state_dict(
         state_dict: Megatron-Core's `model.state_dict()`; left as it is. On a GPU everything
             stays there, and all ranks' tensors are filled in one launch per kind.
         spec: the model's facts.
-        recipe: the target's parallel sizes and dtype.
+        recipe: the target's parallel sizes and dtype, and whether layers that predict further
+            tokens, of which `spec` says how many there are, are kept.
         scales: a module's target name, such as "transformer.layers.0.mlp.fc" → the scale with
             which its weight becomes e4m3.
         backend: "triton", "torch", or "auto" (Triton on a GPU).
@@ -51,6 +52,8 @@ def convert_state_dict(
     Raises:
         FuseportError: see `errors`; nothing is converted.
     """
+    if recipe.mtp == "drop":
+        state_dict, spec = without_further(state_dict, spec)
     TARGETS[recipe.target].check(spec, recipe)
     found = read_stored(state_dict)
     plain = {name: value for name, value in state_dict.items() if not is_stored_fp8(value)}
@@ -100,7 +103,7 @@ def plan_memory(
 
 def given_in_memory(task: Task, device: torch.device, states: Mapping[str, object]) -> Given:
     """The scales that a conversion of tensors on `device` is given, by file or by `states`."""
-    table = scale_table(task.recipe, lambda: te_table(task, lambda: states))
+    table = scale_table(task.recipe, lambda: te_table(task, lambda: (states,)))
     return Given(lambda value: torch.full((1,), value, device=device), table)
 
 
@@ -151,7 +154,7 @@ def _relay(
 def run_plan(plan: list[Planned], backend: str) -> None:
     """Fill every planned tensor."""
     run = choose(backend, plan[0].dst.device)
-    run([move for planned in plan for move in planned.moves])
+    run(moves_of(plan))
 
 
 def weights(state_dict: Mapping[str, object]) -> dict[str, torch.Tensor]:

@@ -14,6 +14,7 @@ import torch
 from .layout import Flat, Layout, shape_of
 from .plan import Planned, storage_key
 from .sources.dequantised import Dequantised
+from .sources.mxfp4 import Mxfp4
 from .sources.stored import Stored
 
 
@@ -69,5 +70,5 @@ def without_unused(
 def tally(stored: Mapping[int, Stored]) -> dict[str, int]:
     """Of a plan's quantised source weights, how many are kept as they are and how many are not."""
     kept = sum(one.dtype is torch.float8_e4m3fn for one in stored.values())
-    changed = sum(isinstance(one, Dequantised) for one in stored.values())
+    changed = sum(isinstance(one, (Dequantised, Mxfp4)) for one in stored.values())
     return {"kept": kept, "dequantised": changed} if kept or changed else {}

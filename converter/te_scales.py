@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from .errors import ScaleError
@@ -36,9 +37,12 @@ MODULES = {
 # The experts' modules bear their class's name in some checkpoints.
 _SPELLINGS = {f"mlp.experts.experts.linear_fc{n}": f"mlp.experts.linear_fc{n}" for n in (1, 2)}
 
-# Layer; module, with an expert of a SequentialMLP in it; the expert that a piece is of.
+# Layer; module, with an expert of a SequentialMLP in it; the first expert that a piece is of.
 _KEY = re.compile(r"decoder\.layers\.(\d+)\.(.+?)\._extra_state(\d*)")
-_EXPERT = re.compile(r"mlp\.experts\.(?:local_experts|experts)\.(\d+)\.(linear_fc[12])")
+_EXPERT = re.compile(r"mlp\.experts\.local_experts\.(\d+)\.(linear_fc[12])")
+# In a checkpoint with a key for each expert these are a grouped linear's pieces too, and a
+# SequentialMLP's states can be taken for such: joined, they show one order or the other.
+_PIECE = re.compile(r"mlp\.experts\.experts\.(\d+)\.(linear_fc[12])")
 
 
 @dataclass(frozen=True, order=True)
@@ -82,14 +86,18 @@ def family_modules(family: Family, linear: Linear) -> list[str]:
     return [names[0] for names in found if names]
 
 
-def from_te_states(states: Mapping[str, object], order: str | None = None) -> TeScales:
+def from_te_states(
+    states: Mapping[str, object], order: str | None = None, ep_size: int = 1
+) -> TeScales:
     """Decode every `_extra_state` entry of a state dict.
 
     Args:
         states: by Megatron-Core's names with the whole model's layer numbers; other entries of
             the state dict may be among them. `…_extra_state`, `…_extra_state1`, … are the pieces
-            that Megatron-Core cuts one grouped linear's state into.
+            of one grouped linear's state: the number is a piece's first expert.
         order: of a grouped linear's scales, where the states do not show it (see `te_state`).
+        ep_size: the expert-parallel ranks that each wrote an equal run of a grouped linear's
+            experts: Megatron-Core cuts a rank's state up, not the whole model's.
 
     Raises:
         ScaleError: a scale cannot be used, or a piece is missing or there twice.
@@ -111,7 +119,18 @@ def from_te_states(states: Mapping[str, object], order: str | None = None) -> Te
         pieces[linear][piece] = state
     linears: dict[Linear, ModuleScales] = {}
     for linear, found in pieces.items():
-        linears |= _scales(linear, found)
+        linears |= _scales(linear, found, ep_size)
+    return TeScales(linears, ignored)
+
+
+def of_all_ranks(ranks: Sequence[TeScales]) -> TeScales:
+    """One for all tensor-parallel ranks: where theirs differ, the larger, which saturates none."""
+    linears: dict[Linear, ModuleScales] = {}
+    ignored: dict[str, str] = {}
+    for rank in ranks:
+        ignored |= rank.ignored
+        for linear, scales in rank.linears.items():
+            linears[linear] = scales.larger(linears.get(linear, scales))
     return TeScales(linears, ignored)
 
 
@@ -122,24 +141,48 @@ def _place(name: str) -> tuple[Linear, int] | None:
         return None
     layer, piece = int(match[1]), int(match[3] or 0)
     module = _SPELLINGS.get(match[2], match[2])
-    expert = _EXPERT.fullmatch(module)
-    if expert is not None:
+    if (expert := _EXPERT.fullmatch(module)) is not None:
         return Linear(layer, f"mlp.experts.{expert[2]}", int(expert[1])), piece
+    if (part := _PIECE.fullmatch(module)) is not None:
+        return Linear(layer, f"mlp.experts.{part[2]}"), int(part[1])
     return (Linear(layer, module), piece) if module in MODULES else None
 
 
-def _scales(linear: Linear, pieces: Mapping[int, TeState]) -> dict[Linear, ModuleScales]:
+def _scales(
+    linear: Linear, pieces: Mapping[int, TeState], ep_size: int
+) -> dict[Linear, ModuleScales]:
     """The scales of each gemm: one, or one for each expert."""
-    if sorted(pieces) != list(range(len(pieces))):
+    ordered = [pieces[first] for first in sorted(pieces)]
+    firsts = [0, *itertools.accumulate(state.gemms for state in ordered)]
+    if sorted(pieces) != firsts[:-1]:
         raise ScaleError(
-            f"{pieces[min(pieces)].where}: of the grouped linear's states only the pieces "
+            f"{ordered[0].where}: of the grouped linear's states only the pieces "
             f"{sorted(pieces)} are there; copy the checkpoint completely"
         )
-    ordered = [pieces[index] for index in range(len(pieces))]
-    state = join(ordered) if len(ordered) > 1 else ordered[0]
+    every = [(state, gemm) for state in _joined(ordered, ep_size) for gemm in range(state.gemms)]
     return {
-        Linear(linear.layer, linear.module, linear.expert + gemm): ModuleScales(
+        Linear(linear.layer, linear.module, linear.expert + number): ModuleScales(
             weight=state.weight(gemm), input=state.input(gemm)
         )
-        for gemm in range(state.gemms)
+        for number, (state, gemm) in enumerate(every)
     }
+
+
+def _joined(pieces: Sequence[TeState], ep_size: int) -> Iterator[TeState]:
+    """What each expert-parallel rank had: its experts' pieces together, or a whole state.
+
+    Raises:
+        ScaleError: the ranks cannot have had as many pieces each.
+    """
+    if len(pieces) == 1 or any(piece.gemms > 1 for piece in pieces):
+        yield from pieces
+        return
+    if len(pieces) % ep_size:
+        raise ScaleError(
+            f"{pieces[0].where}: {len(pieces)} experts' states of {ep_size} expert-parallel ranks; "
+            f"the run's expert_model_parallel_size does not fit the checkpoint"
+        )
+    count = len(pieces) // ep_size
+    for start in range(0, len(pieces), count):
+        run = pieces[start : start + count]
+        yield join(run) if count > 1 else run[0]

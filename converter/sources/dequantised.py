@@ -101,8 +101,8 @@ class Dequantised(Stored):
         top, bottom = start // columns // height, -(-stop // (columns * height))
         first, last = top * height, min(bottom * height, rows)
         across = self.packing.grid(rows, columns)[1]
-        codes = _read(self.codes, first * columns, last * columns).view(-1, columns)
-        scales = _read(self.scales, top * across, bottom * across).view(-1, across)
+        codes = read_part(self.codes, first * columns, last * columns).view(-1, columns)
+        scales = read_part(self.scales, top * across, bottom * across).view(-1, across)
         if scales.dtype is not torch.uint8:
             scales = scales.float()
         elif self.packing.quant != "mxfp8":
@@ -111,7 +111,13 @@ class Dequantised(Stored):
         out.copy_(flat[start - first * columns : stop - first * columns])
 
 
-def _read(stored: Stored, start: int, stop: int) -> torch.Tensor:
+def read_whole(stored: Stored) -> torch.Tensor:
+    """All of a stored tensor, in memory."""
+    return read_part(stored, 0, stored.numel).view(stored.shape)
+
+
+def read_part(stored: Stored, start: int, stop: int) -> torch.Tensor:
+    """Elements [start, stop) of a stored tensor, flattened, in memory."""
     out = torch.empty(stop - start, dtype=stored.dtype)
     stored.read_flat(start, stop, out)
     return out

@@ -12,6 +12,7 @@ from ..errors import CorruptSourceError, SourceError, UnsupportedOptionError
 from ..hf_family import Family, Table, family_of
 from .hf_config import extra_layers, facts_of
 from .hf_quant import MODELOPT, other_scales, packing_of, paired
+from .mxfp4 import is_mxfp4, unpacked
 from .safetensors_file import names_of, read_header, read_object, regular_file
 from .stored import Stored
 
@@ -56,7 +57,11 @@ def read_hf(path: Path, own: Table | None = None, mtp: str = "drop") -> HfCheckp
     config = read_object(regular_file(path, CONFIG))
     family = family_of(str(config.get("model_type")), own)
     tensors = _indexed(path) if (path / INDEX).exists() else read_header(regular_file(path, WHOLE))
-    packing = packing_of(path, config)
+    if is_mxfp4(config, tensors):
+        tensors = unpacked(tensors)
+        packing = None
+    else:
+        packing = packing_of(path, config)
     if packing is not None:
         tensors = paired(tensors, packing)
     further = extra_layers(config, family)

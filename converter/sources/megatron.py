@@ -6,7 +6,9 @@ an error.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
+from typing import TypeVar
 
 import torch
 
@@ -14,6 +16,7 @@ from ..blocks import Block
 from ..claims import Claims
 from ..logical import (
     Attention,
+    Further,
     Half,
     LatentAttention,
     Layer,
@@ -25,8 +28,12 @@ from ..logical import (
     Norm,
     Projection,
 )
+from ..megatron_names import unwrapped
 from ..model import ModelSpec
-from .megatron_names import IGNORED, SPELLINGS, mlp_spellings
+from .megatron_names import FURTHER, FURTHER_LAYER, IGNORED, SPELLINGS, mlp_spellings
+from .megatron_parts import assemble, experts_first, gate_and_up, split_qkv
+
+Value = TypeVar("Value")
 
 
 def read_model(
@@ -49,6 +56,16 @@ def read_model(
     return model
 
 
+def without_further(
+    tensors: Mapping[str, Value], spec: ModelSpec
+) -> tuple[Mapping[str, Value], ModelSpec]:
+    """A model without the layers behind the last one that its facts say there are."""
+    if not spec.further_layers:
+        return tensors, spec
+    left = {name: one for name, one in tensors.items() if not unwrapped(name).startswith(FURTHER)}
+    return left, spec.replace(further_layers=0)
+
+
 class _Reader:
     def __init__(self, claims: Claims, spec: ModelSpec) -> None:
         self.claims = claims
@@ -56,12 +73,39 @@ class _Reader:
 
     def model(self) -> Model:
         hidden = self.spec.hidden_size
-        return Model(
+        model = Model(
             embedding=self._whole("embedding", (None, hidden)),
             positions=self._whole("positions", (None, hidden)),
-            layers=tuple(self._layer(index) for index in range(self.spec.num_layers)),
+            layers=tuple(
+                self._layer(index, f"decoder.layers.{index}.")
+                for index in range(self.spec.num_layers)
+            ),
             final_norm=self._final_norm(),
             output=self._output(),
+        )
+        further = tuple(self._further(model, index) for index in range(self.spec.further_layers))
+        return dataclasses.replace(model, further=further)
+
+    def _further(self, model: Model, index: int) -> Further:
+        """Embedding and output are the model's own: Megatron-Core shares them."""
+        prefix, hidden = f"{FURTHER}layers.{index}.", self.spec.hidden_size
+        scope = _Scope(self.claims, prefix, self.spec)
+        token, state, last = (
+            scope.norm(f"further.{part}", hidden, True)
+            for part in ("token_norm", "hidden_norm", "norm")
+        )
+        assert token is not None
+        assert state is not None
+        assert last is not None
+        inner = next((one for one in FURTHER_LAYER if self.claims.has(prefix + one)), "")
+        return Further(
+            layer=self._layer(self.spec.num_layers + index, prefix + (inner or FURTHER_LAYER[0])),
+            token_norm=token,
+            hidden_norm=state,
+            join=scope.need("further.join", (hidden, 2 * hidden)),
+            norm=last,
+            embedding=model.embedding,
+            output=model.output,
         )
 
     def _whole(self, part: str, shape: tuple[int | None, ...]) -> torch.Tensor | None:
@@ -80,8 +124,7 @@ class _Reader:
         output = self._whole("output", (None, self.spec.hidden_size))
         return None if self.spec.share_embeddings_and_output_weights else output
 
-    def _layer(self, index: int) -> Layer:
-        prefix = f"decoder.layers.{index}."
+    def _layer(self, index: int, prefix: str) -> Layer:
         block = self.spec.block(index)
         scope = _Scope(self.claims, prefix, self.spec)
         return Layer(
@@ -174,9 +217,9 @@ class _Scope:
         rows = (heads + 2 * groups) * head
         bias = self.spec.add_bias_linear or self.spec.add_qkv_bias
         weight = self.need("qkv.weight", (rows, self.spec.hidden_size))
-        parts = _split_qkv(weight, groups, head)
+        parts = split_qkv(weight, groups, head)
         vector = self.take("qkv.bias", (rows,), bias)
-        biases = (None,) * 3 if vector is None else _split_qkv(vector, groups, head)
+        biases = (None,) * 3 if vector is None else split_qkv(vector, groups, head)
         q, k, v = (Projection(w, b) for w, b in zip(parts, biases, strict=True))
         return q, k, v
 
@@ -218,7 +261,7 @@ class _Scope:
             weight = find("fc1", (width, hidden), True)
             assert weight is not None
             return Mlp(None, Half(weight, find("fc1.bias", (width,), bias)), down, down_bias)
-        gate, up = _halves(find, width, hidden, bias)
+        gate, up = gate_and_up(find, width, hidden, bias)
         return Mlp(gate, up, down, down_bias)
 
     def experts(self) -> tuple[Mlp, ...]:
@@ -229,15 +272,15 @@ class _Scope:
         stacked = self.take("experts.fc2", (count, hidden, width), None)
         if stacked is not None:
             first = self.take("experts.fc1", (count, halves * width, hidden), None)
-            firsts = self._singleton_halves() if first is None else _experts_first(first, halves)
-            return _assemble(firsts, stacked)
+            firsts = self._singleton_halves() if first is None else experts_first(first, halves)
+            return assemble(firsts, stacked)
         grouped = self.take("experts.weight2", (count * width, hidden), None)
         if grouped is not None:
             # Its memory is [E, F, H] and [E, H, 2F], whatever the parameter's shape says.
             weight1 = self.need("experts.weight1", (hidden, count * halves * width))
             first = weight1.view(count, hidden, halves * width).transpose(1, 2)
             down = grouped.view(count, width, hidden).transpose(1, 2)
-            return _assemble(_experts_first(first, halves), down)
+            return assemble(experts_first(first, halves), down)
         return tuple(self.mlp("expert", width, expert) for expert in range(count))
 
     def _singleton_halves(self) -> list[tuple[torch.Tensor, ...]]:
@@ -250,40 +293,3 @@ class _Scope:
 def _if_full(part: str) -> bool | None:
     """Whether a norm is expected before a part; what was replaced or left out may have kept it."""
     return True if part == "full" else None
-
-
-def _split_qkv(tensor: torch.Tensor, groups: int, head: int) -> tuple[torch.Tensor, ...]:
-    """[G·(Q+2)·D, …] → q [G, Q, D, …], k [G, D, …], v [G, D, …]."""
-    per_group = tensor.unflatten(0, (groups, -1, head))
-    queries = per_group.shape[1] - 2
-    return per_group[:, :queries], per_group[:, queries], per_group[:, queries + 1]
-
-
-def _halves(find, width: int, hidden: int, bias: bool) -> tuple[Half, Half]:  # type: ignore[no-untyped-def]
-    """Gate and up of a gated MLP: from one matrix [2F, H], or kept apart (weight_w, weight_v)."""
-    apart = find("fc1_gate", (width, hidden), None)
-    if apart is not None:
-        up = find("fc1_up", (width, hidden), True)
-        biases = (
-            find("fc1_gate.bias", (width,), bias),
-            find("fc1_up.bias", (width,), bias),
-        )
-        return Half(apart, biases[0]), Half(up, biases[1])
-    weight = find("fc1", (2 * width, hidden), True)
-    vector = find("fc1.bias", (2 * width,), bias)
-    weights = weight.chunk(2)
-    biases = (None, None) if vector is None else vector.chunk(2)
-    return Half(weights[0], biases[0]), Half(weights[1], biases[1])
-
-
-def _experts_first(first: torch.Tensor, halves: int) -> list[tuple[torch.Tensor, ...]]:
-    """[E, 2F, H] → for each expert (gate, up), or (up,) where it is not gated."""
-    return [expert.chunk(halves) for expert in first.unbind(0)]
-
-
-def _assemble(firsts: list[tuple[torch.Tensor, ...]], down: torch.Tensor) -> tuple[Mlp, ...]:
-    def one(first: tuple[torch.Tensor, ...], second: torch.Tensor) -> Mlp:
-        *gate, up = (Half(weight, None) for weight in first)
-        return Mlp(gate[0] if gate else None, up, second, None)
-
-    return tuple(one(*pair) for pair in zip(firsts, down.unbind(0), strict=True))

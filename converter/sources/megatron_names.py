@@ -72,6 +72,14 @@ SPELLINGS: dict[str, tuple[str, ...]] = {
     "experts.fc1_gate": ("mlp.experts.experts.linear_fc1.weight_w",),
     "experts.fc1_up": ("mlp.experts.experts.linear_fc1.weight_v",),
     "experts.fc2": ("mlp.experts.experts.linear_fc2.weight",),
+    # In a layer behind the last one, after "mtp.layers.N."; its own layer is in `FURTHER_LAYER`.
+    "further.token_norm.weight": ("enorm.weight",),
+    "further.token_norm.bias": ("enorm.bias",),
+    "further.hidden_norm.weight": ("hnorm.weight",),
+    "further.hidden_norm.bias": ("hnorm.bias",),
+    "further.norm.weight": ("final_layernorm.weight",),
+    "further.norm.bias": ("final_layernorm.bias",),
+    "further.join": ("eh_proj.weight",),
     "experts.weight1": ("mlp.experts.weight1",),
     "experts.weight2": ("mlp.experts.weight2",),
 }
@@ -95,6 +103,11 @@ MLP_PARTS = {
 }
 # Transformer Engine's grouped linear puts the expert behind the part.
 GROUPED = "mlp.experts.{part}{e}"
+
+# Layers that predict further tokens; Megatron-Core since 0.17 has another name for the layer in
+# such a one in memory, and the old one in checkpoints.
+FURTHER = "mtp."
+FURTHER_LAYER = ("transformer_layer.", "mtp_model_layer.")
 
 IGNORED: dict[str, str] = {
     "_extra_state": "state of Transformer Engine's modules, no weight",

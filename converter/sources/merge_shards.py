@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,15 +20,19 @@ from ..errors import (
     UnsupportedOptionError,
 )
 from .cuts import Cut, cut_of, is_expert, numbered_expert
+from .merge_fp8 import merge_fp8
 from .stored import Piece, Shape, Stored
+from .stored_fp8 import StoredFp8
 from .tiling import check_tiling
 
 Rank = tuple[int, int, int]
 """Tensor-, pipeline- and expert-parallel rank."""
-Shards = dict[Rank, dict[str, torch.Tensor]]
+Shard = torch.Tensor | StoredFp8
+Shards = dict[Rank, dict[str, Shard]]
 
 
 _WRAPPERS = re.compile(r"^(?:module\.|model\.)+")
+_GROUPED_STATE = re.compile(r"\.experts\.linear_fc[12]\._extra_state$")
 _TIED = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
 
@@ -82,15 +86,48 @@ def merge_shards(shards: Shards, facts: Mapping[str, object]) -> dict[str, Store
         UnsupportedOptionError: a fact is missing, or experts are cut otherwise than the rest.
     """
     grid = _grid(shards, facts)
-    stages: dict[str, dict[Rank, torch.Tensor]] = defaultdict(dict)
+    stages: dict[str, dict[Rank, Shard]] = defaultdict(dict)
     for rank in sorted(shards):
         for name, tensor in shards[rank].items():
             stages[_global_name(bare_name(name), rank[2], grid)][rank] = tensor
     _drop_tied_output(stages, grid)
-    return {name: _merge(name, by_rank, grid) for name, by_rank in stages.items()}
+    return {name: _whole(name, by_rank, grid) for name, by_rank in stages.items()}
 
 
-def _grid(shards: Shards, facts: Mapping[str, object]) -> _Grid:
+def _whole(name: str, by_rank: Mapping[Rank, Shard], grid: _Grid) -> Stored:
+    tensors = {rank: one for rank, one in by_rank.items() if isinstance(one, torch.Tensor)}
+    if len(tensors) == len(by_rank):
+        return _merge(name, tensors, grid)
+    return merge_fp8(name, by_rank, lambda parts: _merge(name, parts, grid))
+
+
+def merge_states(
+    states: Mapping[Rank, Mapping[str, object]], facts: Mapping[str, object]
+) -> list[dict[str, object]]:
+    """For each tensor-parallel rank its module states, by their names in the whole model.
+
+    A grouped linear's state is one for all experts of an expert rank; behind `_extra_state` its
+    name has the number of their first, unless that is 0.
+
+    Raises:
+        MissingTensorError, UnsupportedOptionError, ShapeError: as `merge_shards`.
+    """
+    grid = _grid(states, facts)
+    ranks: list[dict[str, object]] = [{} for _ in range(grid.tp)]
+    for tp, pp, ep in sorted(states):
+        for name, state in states[tp, pp, ep].items():
+            # Expert ranks are data-parallel ones to all that is no expert: they hold copies.
+            ranks[tp].setdefault(_state_name(bare_name(name), ep, grid), state)
+    return ranks
+
+
+def _state_name(name: str, ep_rank: int, grid: _Grid) -> str:
+    if ep_rank and _GROUPED_STATE.search(name):
+        return f"{name}{ep_rank * grid.local_experts(name)}"
+    return _global_name(name, ep_rank, grid)
+
+
+def _grid(shards: Collection[Rank], facts: Mapping[str, object]) -> _Grid:
     if not shards:
         raise MissingTensorError("no rank was given")
     tp, pp, ep = (max(axis) + 1 for axis in zip(*shards, strict=True))
@@ -112,14 +149,14 @@ def _global_name(name: str, ep_rank: int, grid: _Grid) -> str:
     return numbered_expert(name, ep_rank * count, count)
 
 
-def _drop_tied_output(stages: dict[str, dict[Rank, torch.Tensor]], grid: _Grid) -> None:
+def _drop_tied_output(stages: dict[str, dict[Rank, Shard]], grid: _Grid) -> None:
     """Tied embeddings: the last stage's copy must be the first's, and is then left out."""
     if grid.facts.get("untie_embeddings_and_output_weights") is not False:
         return
     for rank, tensor in stages.pop(_OUTPUT, {}).items():
         first = stages.get(_TIED, {}).get((rank[0], 0, rank[2]))
-        if first is None:
-            raise MissingTensorError(f"{_TIED}: not on the first pipeline stage, but tied")
+        if not isinstance(first, torch.Tensor) or not isinstance(tensor, torch.Tensor):
+            raise MissingTensorError(f"{_TIED}: no plain tensor on all pipeline stages, but tied")
         _check_equal(_OUTPUT, (rank[0], 0, rank[2]), first, rank, tensor)
 
 

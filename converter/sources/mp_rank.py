@@ -22,8 +22,10 @@ from ..errors import (
 )
 from .checkpoint_dir import iteration_dir
 from .merge_shards import Rank, Shards, bare_name, merge_shards
+from .pickled_fp8 import pickled_fp8, stubs
 from .run_facts import namespace
-from .safe_pickle import Inert, inert_class
+from .safe_pickle import Inert
+from .stored_fp8 import StoredFp8
 
 __all__ = ["MpRank", "Rank", "Shards", "merge_shards", "read_mp_rank"]
 
@@ -31,8 +33,9 @@ _DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _FILE = "model_optim_rng.pt"
 _LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
 _MODEL = re.compile(r"^model(\d*)$")
+_STATE = "_extra_state"
 _IGNORED = (
-    ("_extra_state", "extra state of a module"),
+    (_STATE, "extra state of a module"),
     ("local_tokens_per_expert", "statistics of the router"),
 )
 _VIRTUAL = ("num_layers_per_virtual_pipeline_stage", "virtual_pipeline_model_parallel_size")
@@ -48,16 +51,20 @@ class MpRank:
     """All ranks of a legacy checkpoint.
 
     shards: (tp, pp, ep) rank → name → CPU tensor, mapped from its file; layer numbers are global.
+    states: as shards, of Transformer Engine's module states.
     ignored: key → why it is no weight. facts: the run's arguments. origin: the directory.
     """
 
     shards: Shards
+    states: dict[Rank, dict[str, object]]
     ignored: dict[str, str]
     facts: dict[str, object]
     origin: Path
 
 
-Chunks = dict[int, dict[str, torch.Tensor]]
+# Tensors, fp8 weights and module states by name, in each chunk.
+Entries = dict[str, object]
+Chunks = dict[int, Entries]
 
 
 def read_mp_rank(path: Path) -> MpRank:
@@ -80,7 +87,24 @@ def read_mp_rank(path: Path) -> MpRank:
     _check_grid(root, ranks)
     ignored: dict[str, str] = {}
     chunks = {rank: _chunks(file, ignored) for rank, file in sorted(ranks.items())}
-    return MpRank(_renumber(chunks, facts), ignored, facts, root)
+    entries = _renumber(chunks, facts)
+    states = {rank: _states(one) for rank, one in entries.items()}
+    return MpRank(_weights(entries), states, ignored, facts, root)
+
+
+def _states(entries: Mapping[str, object]) -> Entries:
+    return {name: value for name, value in entries.items() if name.endswith(_STATE)}
+
+
+def _weights(ranks: Mapping[Rank, Mapping[str, object]]) -> Shards:
+    return {
+        rank: {
+            name: value
+            for name, value in entries.items()
+            if isinstance(value, (torch.Tensor, StoredFp8)) and not name.endswith(_STATE)
+        }
+        for rank, entries in ranks.items()
+    }
 
 
 def _rank_names(root: Path) -> list[str]:
@@ -125,8 +149,7 @@ def _load(file: Path) -> object:
         raise SourceError(f"{file}: missing; copy the checkpoint completely")
     try:
         names = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        stubs = [(inert_class(name, str(file)), name) for name in names]
-        with torch.serialization.safe_globals(stubs):  # type: ignore[arg-type]
+        with torch.serialization.safe_globals(stubs(names, str(file))):  # type: ignore[arg-type]
             return torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except SourceError:
         raise
@@ -146,34 +169,43 @@ def _chunks(file: Path, ignored: dict[str, str]) -> Chunks:
         if match is None:
             ignored[str(key)] = _REASONS.get(str(key), "training state")
         else:
-            chunks[int(match[1] or 0)] = _tensors(file, value, ignored)
+            chunks[int(match[1] or 0)] = _entries(file, value, ignored)
     if sorted(chunks) != list(range(len(chunks))) or not chunks:
         raise SourceError(f"{file}: expected 'model' or 'model0', 'model1', …, found {list(saved)}")
     return chunks
 
 
-def _tensors(file: Path, model: object, ignored: dict[str, str]) -> dict[str, torch.Tensor]:
+def _entries(file: Path, model: object, ignored: dict[str, str]) -> Entries:
     if not isinstance(model, dict):
         raise SourceError(f"{file}: its model is a {type(model).__name__}, expected a dict")
-    tensors: dict[str, torch.Tensor] = {}
+    entries: Entries = {}
     for key, value in model.items():
         name = bare_name(str(key))
         if reason := next((why for end, why in _IGNORED if name.endswith(end)), None):
             ignored[name] = reason
-        elif isinstance(value, dict):
-            raise SourceError(f"{file}: {name!r} is a nested dict: older than Megatron-Core")
-        elif isinstance(value, torch.Tensor):
-            if value.layout is not torch.strided:
-                raise SourceError(f"{file}: {name!r} is {value.layout}; save it as a dense tensor")
-            tensors[name] = value
-        elif value is not None and not isinstance(value, Inert):
-            raise SourceError(f"{file}: {name!r} is a {type(value).__name__}, not a tensor")
-        else:
+            if name.endswith(_STATE):
+                entries[name] = value
+        elif (weight := _weight(file, name, value)) is None:
             ignored[name] = "not a tensor"
-    return tensors
+        else:
+            entries[name] = weight
+    return entries
 
 
-def _renumber(ranks: Mapping[Rank, Chunks], facts: Mapping[str, object]) -> Shards:
+def _weight(file: Path, name: str, value: object) -> torch.Tensor | StoredFp8 | None:
+    """A tensor, or an fp8 one's parts; None for what is no tensor."""
+    if isinstance(value, torch.Tensor):
+        if value.layout is not torch.strided:
+            raise SourceError(f"{file}: {name!r} is {value.layout}; save it as a dense tensor")
+        return value
+    if isinstance(value, dict):
+        raise SourceError(f"{file}: {name!r} is a nested dict: older than Megatron-Core")
+    if value is None or isinstance(value, Inert):
+        return None if value is None else pickled_fp8(value, name)
+    raise SourceError(f"{file}: {name!r} is a {type(value).__name__}, not a tensor")
+
+
+def _renumber(ranks: Mapping[Rank, Chunks], facts: Mapping[str, object]) -> dict[Rank, Entries]:
     """Give layers their global numbers: chunk 0 of all stages in turn, then chunk 1, …"""
     counts = {len(chunks) for chunks in ranks.values()}
     if len(counts) > 1:
@@ -209,22 +241,22 @@ def _first_layers(
     return first
 
 
-def _num_layers(chunk: Mapping[str, torch.Tensor], rank: Rank) -> int:
+def _num_layers(chunk: Mapping[str, object], rank: Rank) -> int:
     numbers = {int(match[2]) for name in chunk if (match := _LAYER.match(name))}
     if numbers != set(range(len(numbers))):
         raise MissingTensorError(f"rank {rank} has layers {sorted(numbers)}: one is missing")
     return len(numbers)
 
 
-def _shifted(chunk: Mapping[str, torch.Tensor], first: int) -> dict[str, torch.Tensor]:
+def _shifted(chunk: Mapping[str, object], first: int) -> Entries:
     def shift(match: re.Match[str]) -> str:
         return f"{match[1]}{int(match[2]) + first}{match[3]}"
 
-    return {_LAYER.sub(shift, name): tensor for name, tensor in chunk.items()}
+    return {_LAYER.sub(shift, name): value for name, value in chunk.items()}
 
 
-def _merged(rank: Rank, chunks: Iterable[Mapping[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    merged: dict[str, torch.Tensor] = {}
+def _merged(rank: Rank, chunks: Iterable[Mapping[str, object]]) -> Entries:
+    merged: Entries = {}
     for chunk in chunks:
         twice = merged.keys() & chunk.keys()
         if twice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +20,10 @@ from ..targets.target import Origin
 from .hf import is_hf, read_hf
 from .hf_model import read_hf_model
 from .megatron import read_model
-from .mp_rank import merge_shards, read_mp_rank
+from .megatron_names import FURTHER
+from .merge_shards import merge_shards, merge_states
+from .mp_rank import read_mp_rank
+from .mxfp4 import Mxfp4
 from .stored import Stored
 from .torch_dist import read_torch_dist
 
@@ -38,7 +41,7 @@ class Source:
 
     `read` turns tensors into logical views; `embedding` and `output` are the keys of the two
     tensors that may have rows to drop. `states` reads Transformer Engine's module states, by
-    Megatron-Core's in-memory names.
+    Megatron-Core's in-memory names, of each tensor-parallel rank whose states are kept.
     """
 
     origin: Path
@@ -51,7 +54,13 @@ class Source:
     embedding: str = "embedding.word_embeddings.weight"
     output: str = "output_layer.weight"
     handed_on: Origin = field(default_factory=Origin)
-    states: Callable[[], Mapping[str, object]] = dict
+    states: Callable[[], Sequence[Mapping[str, object]]] = tuple
+
+    @property
+    def ep_size(self) -> int:
+        """The expert-parallel ranks of the run."""
+        size = self.facts.get("expert_model_parallel_size")
+        return size if type(size) is int and size > 0 else 1
 
     @property
     def nbytes(self) -> int:
@@ -89,11 +98,31 @@ def _open(path: Path, facts: Mapping[str, object], family: Table | None, mtp: st
         return _open_hf(path, family, mtp)
     if _legacy(path) is not None:
         legacy = read_mp_rank(path)
-        stored = merge_shards(legacy.shards, {**legacy.facts, **facts})
-        return make_source(path, "mp_rank", stored, legacy.facts, legacy.ignored)
+        all_facts = {**legacy.facts, **facts}
+        stored = merge_shards(legacy.shards, all_facts)
+        source = make_source(path, "mp_rank", stored, legacy.facts, legacy.ignored)
+        states = partial(merge_states, legacy.states, all_facts)
+        return _with_further(dataclasses.replace(source, states=states), mtp)
     opened = read_torch_dist(path)
     source = make_source(opened.origin, "torch_dist", opened.tensors, opened.facts, opened.ignored)
-    return dataclasses.replace(source, states=opened.states)
+    source = dataclasses.replace(source, states=lambda: (opened.states(),))
+    return _with_further(source, mtp)
+
+
+def _with_further(source: Source, mtp: str) -> Source:
+    """A Megatron source with, or without, the layers that it says predict further tokens."""
+    if mtp == "keep" or not source.facts.get("mtp_num_layers"):
+        return source
+    extra = [name for name in source.tensors if name.startswith(FURTHER)]
+    facts = {name: value for name, value in source.facts.items() if not name.startswith("mtp_")}
+    dropped = {storage_key(source.tensors[name]) for name in extra}
+    return dataclasses.replace(
+        source,
+        tensors={name: one for name, one in source.tensors.items() if name not in extra},
+        stored={key: one for key, one in source.stored.items() if key not in dropped},
+        facts=facts,
+        ignored={**source.ignored, **dict.fromkeys(extra, "predicts further tokens")},
+    )
 
 
 def _open_hf(path: Path, table: Table | None, mtp: str) -> Source:
@@ -129,7 +158,8 @@ def make_source(
     for name, one in stored.items():
         twin = torch.empty(one.shape, dtype=one.dtype, device="meta")
         by_storage[storage_key(twin)] = one
-        tensors.update(by_layer(name, twin))
+        # A model keeps what lies in blocks along its rows as columns.
+        tensors.update(by_layer(name, twin.mT if isinstance(one, Mxfp4) else twin))
     return Source(origin, kind, tensors, by_storage, facts, ignored)
 
 

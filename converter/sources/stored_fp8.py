@@ -27,6 +27,8 @@ from fuseport.kernels.codecs import (
 from ..errors import ScaleError, ShapeError, UnsupportedOptionError
 
 _E8M0_NAN = 0xFF
+# The schemes of stored weights, and what `Recipe.quant` calls them.
+QUANTS = {"tensor": "fp8", "block128": "fp8-block", "mx32": "mxfp8"}
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,8 @@ import zipfile
 from dataclasses import dataclass
 from typing import IO, cast
 
-from ..errors import CorruptSourceError, SourceError
-from .safe_pickle import MAX_PICKLE_BYTES, PickledTensor, load_pickle, pickled_tensor
+from ..errors import CorruptSourceError, FuseportError, SourceError, UnsupportedOptionError
+from .safe_pickle import MAX_PICKLE_BYTES, Inert, PickledTensor, load_pickle, pickled_tensor
 
 _CACHED_END = 4096
 _LOCAL_HEADER = struct.Struct("<4s22xHH")
@@ -133,8 +133,24 @@ def _open(window: Window, where: str) -> zipfile.ZipFile:
 def _payload_record(archive: zipfile.ZipFile, where: str) -> zipfile.ZipInfo:
     records = [info for info in archive.infolist() if _PAYLOAD_NAME.search(info.filename)]
     if len(records) != 1:
-        raise CorruptSourceError(f"{where}: expected one data record, found {len(records)}")
+        raise _not_one(archive, len(records), where)
     return _stored(records[0], where)
+
+
+def _not_one(archive: zipfile.ZipFile, count: int, where: str) -> FuseportError:
+    """What to say of a chunk that is no single tensor."""
+    damaged = CorruptSourceError(f"{where}: expected one data record, found {count}")
+    try:
+        value = load_pickle(read_record(archive, "data.pkl", _MAX_DESCRIPTION_BYTES, where), where)
+    except SourceError:
+        return damaged
+    if not isinstance(value, Inert) or not value.path.startswith("transformer_engine."):
+        return damaged
+    return UnsupportedOptionError(
+        f"{where}: stored in fp8 through {value.path}, and of fp8 weights in torch_dist only their "
+        f"bf16 values are read, which Transformer Engine up to 2.16 writes; save the weights in "
+        f"bf16, or in the legacy format (--ckpt-format torch)"
+    )
 
 
 def _stored(info: zipfile.ZipInfo, where: str) -> zipfile.ZipInfo:

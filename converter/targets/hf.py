@@ -27,8 +27,11 @@ from ..logical import (
     Projection,
 )
 from ..model import ModelSpec
-from ..recipe import Recipe
+from ..recipe import Recipe, matches
 from .parts import CacheScale, TargetTensor
+
+# Weights of all experts in one tensor: a module that patterns can name, and never quantised.
+EXPERTS_TOGETHER = ("experts.gate_up", "experts.down")
 
 
 class HfRules:
@@ -74,13 +77,16 @@ class HfRules:
         yield from names.norm("further.norm", further.norm)
         for part in ("embedding", "output"):
             table = getattr(further, part)
-            if table is not None and self._vocabulary(table).shape != table.shape:
+            if table is None:
+                continue
+            # What is the model's own has the model's padding.
+            own = table is not getattr(self.model, part)
+            if own and self._vocabulary(table).shape != table.shape:
                 raise ShapeError(
                     f"vocab_size = {self.spec.vocab_size}, but layer {names.layer} has an {part} "
                     f"of its own with {table.shape[0]} rows; leave out --vocab-size or --mtp keep"
                 )
-            if table is not None:
-                yield names.tensor(f"further.{part}", table)
+            yield names.tensor(f"further.{part}", self._vocabulary(table))
 
     def _vocabulary(self, table: torch.Tensor) -> torch.Tensor:
         size = self.spec.vocab_size or table.shape[0]
@@ -97,7 +103,7 @@ class _Names:
 
     def __init__(self, family: Family, recipe: Recipe, layer: int) -> None:
         self.family, self.layer = family, layer
-        self.dtype, self.quant = recipe.torch_dtype, recipe.quant
+        self.dtype, self.recipe = recipe.torch_dtype, recipe
 
     def tensor(
         self,
@@ -119,7 +125,8 @@ class _Names:
         group = ""
         if kind == "weight" and self.family.module(part):
             group = self.family.group(part, self.layer, expert)
-        module = names[0].rpartition(".")[0] if group else ""
+        fused = part in EXPERTS_TOGETHER
+        module = names[0].rpartition(".")[0] if group or fused else ""
         return TargetTensor(
             0, names[0], layout, dtype or self.dtype, shift, group=group, module=module,
             layer=self.layer, cache=_cache(part, module) if module else None,
@@ -139,6 +146,17 @@ class _Names:
             yield self.tensor(part, norm.weight, shift=shift)
             if norm.bias is not None:
                 yield self.tensor(part, norm.bias, "bias")
+
+    def check_left_out(self, part: str) -> None:
+        """Raise UnsupportedOptionError if a tensor of experts is not left as it is."""
+        name = self.family.names(part, layer=self.layer)[0]
+        module = name.rpartition(".")[0]
+        if self.recipe.quant != "none" and not matches(module, self.recipe.exclude):
+            raise UnsupportedOptionError(
+                f"{name}: no loader reads experts that lie in one tensor quantised as "
+                f"{self.recipe.quant!r}; keep them as they are with --exclude '*.experts' (the "
+                f"other linears are quantised then), or leave out --quant"
+            )
 
     def module(self, part: str) -> bool:
         return bool(self.family.module(part))
@@ -236,11 +254,7 @@ def moe(names: _Names, weights: Moe) -> Iterator[TargetTensor]:
 
 def together(names: _Names, experts: tuple[Mlp, ...]) -> Iterator[TargetTensor]:
     """GPT-OSS: [E, H, 2F] with gate and up in turn, [E, F, H], and their biases."""
-    if names.quant != "none":
-        raise UnsupportedOptionError(
-            f"{names.family.names('experts.gate_up', layer=names.layer)[0]}: no loader reads "
-            f"experts that lie in one tensor quantised as {names.quant!r}; leave out --quant"
-        )
+    names.check_left_out("experts.gate_up")
     first = [tuple(half.weight.mT for half in one.halves) for one in experts]
     yield names.tensor("experts.gate_up", Stack(tuple(map(Alternate, first))))
     biases = [tuple(half.bias for half in one.halves if half.bias is not None) for one in experts]

@@ -15,7 +15,7 @@ from ..model import ModelSpec
 from ..plan import Planned, batches
 from ..recipe import Recipe, check
 from ..scales import ScaleTable
-from ..te_scales import family_modules, from_te_states, unified_modules
+from ..te_scales import family_modules, from_te_states, of_all_ranks, unified_modules
 from . import hf_check, trtllm_check
 from .hf import HfRules, check_hf
 from .hf_config import hf_config
@@ -140,13 +140,18 @@ def _hf_expected(settings: Mapping[str, Any], out: Path, count: int) -> dict[str
     return dict(hf_check.expected_by_file(settings, stated, read_json(out / INDEX), names))
 
 
-def te_table(task: Task, states: Callable[[], Mapping[str, object]]) -> ScaleTable:
+def te_table(
+    task: Task, states: Callable[[], Sequence[Mapping[str, object]]], ep_size: int = 1
+) -> ScaleTable:
     """The scales in Transformer Engine's states, by the target's names of modules.
+
+    `states` gives those of each tensor-parallel rank that has some; `ep_size` is the number of
+    expert-parallel ranks that wrote them.
 
     Raises:
         ScaleError: there are none, or one cannot be used.
     """
-    found = from_te_states(states())
+    found = of_all_ranks([from_te_states(one, ep_size=ep_size) for one in states()])
     if not found.linears:
         raise ScaleError(
             f"the source holds no scales of Transformer Engine ({len(found.ignored)} states "

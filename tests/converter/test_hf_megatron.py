@@ -77,6 +77,8 @@ def test_another_family_can_be_named(megatron_run: Runs, tmp_path: Path) -> None
         ("qwen3", {"model_type": "llama"}, "qk_layernorm|no name"),
         ("nemotron", {"model_type": "llama"}, "normalization"),
         ("gemma", {"model_type": "gemma"}, "part 'q_norm'"),
+        ("gemma_plain", {"model_type": "gemma2"}, "capped logits, which Megatron-Core's layers do"),
+        ("gemma", {"model_type": "gemma3_text"}, "norms behind attention and MLP, which"),
         ("qwen2_moe", {"model_type": "mixtral"}, "no name"),
     ],
 )

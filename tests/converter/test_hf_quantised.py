@@ -30,12 +30,14 @@ from fuseport.converter.errors import (
 )
 
 Saved = Callable[[str], tuple[Path, Any]]
-QUANTS = ("fp8", "fp8-row", "fp8-block", "mxfp8")
+QUANTS = ("fp8", "fp8-row", "fp8-block", "mxfp8", "nvfp4")
 NAMES = [case.name for case in CASES if case.model_type != "gpt_oss"]
 E4M3 = torch.float8_e4m3fn
 # Relative errors that each scheme keeps: of a weight's elements, and of the logits of tiny random
 # models. With experts a token that stands between two of them may go to the other.
 WEIGHT_BOUND, BOUND, ROUTED_BOUND = 0.05, 0.15, 0.35
+# e2m1 has two bits fewer.
+COARSER = {"nvfp4": 3.0}
 # 300 rows and columns: blocks of 128 end within the matrices.
 BLOCKS = HfCase("blocks", "llama", {"hidden_size": 160, "intermediate_size": 300, "head_dim": 36})
 # What transformers' fp8 loader takes: blocks that fill the matrices.
@@ -78,6 +80,7 @@ def assert_same(one: Path, other: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:no static scales of activations")
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("name", NAMES)
 def test_every_architecture_in_every_scheme(
@@ -89,12 +92,13 @@ def test_every_architecture_in_every_scheme(
     verify_checkpoint(out, source)
     found = logits(load(write_plain(out, tmp_path / "plain")))
     experts = any("expert" in key for key in stored_tensors(out))
-    assert 1e-4 < error(found, logits(model)) < (ROUTED_BOUND if experts else BOUND)
+    coarser = COARSER.get(quant, 1.0)
+    assert 1e-4 < error(found, logits(model)) < coarser * (ROUTED_BOUND if experts else BOUND)
     before = stored_tensors(source)
     for key, weight in dequantised(out).items():
-        assert error(weight, before[key].float()) < WEIGHT_BOUND, key
-    codes = {key for key, one in stored_tensors(out).items() if one.dtype is E4M3}
-    assert len(codes) >= 3 * model.config.num_hidden_layers
+        assert error(weight, before[key].float()) < coarser * WEIGHT_BOUND, key
+    scales = {key for key in stored_tensors(out) if "weight_scale" in key}
+    assert len(scales) >= 3 * model.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("quant", QUANTS)

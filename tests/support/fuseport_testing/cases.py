@@ -7,7 +7,7 @@ differ where the architecture allows it, and the vocabulary is padded.
 from __future__ import annotations
 
 from argparse import Namespace
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -54,6 +54,8 @@ class Case:
     # Further fields of Megatron's configuration, by name, as its arguments have them.
     latent: tuple[tuple[str, object], ...] = ()
     router: tuple[tuple[str, object], ...] = ()
+    # Layers behind the last one, which predict further tokens.
+    further: int = 0
 
     def is_moe(self, layer: int) -> bool:
         """Whether a layer (counted over the whole model) has experts."""
@@ -185,8 +187,15 @@ LATENT_CASES = (
         router=_SIGMOID,
     ),
 )  # fmt: skip
+FURTHER = replace(LATENT_CASES[0], name="deepseek_further", further=2)
 
-BY_NAME = {case.name: case for case in (*CASES, *LATENT_CASES)}
+# Large enough for several blocks of 128 × 128, some of them cut off at an edge.
+WIDE = Case(
+    "wide", "LlamaForCausalLM", hidden=320, heads=4, query_groups=2, kv_channels=96, ffn=544,
+    layers=4, vocab=500, padded_vocab=512,
+)  # fmt: skip
+
+BY_NAME = {case.name: case for case in (*CASES, *LATENT_CASES, FURTHER, WIDE)}
 
 
 def some_tokens(case: Case, batch: int = 2, length: int = 7) -> torch.Tensor:
@@ -243,6 +252,7 @@ def _architecture_args(case: Case) -> dict[str, object]:
         "rotary_base": case.rotary_base,
         "rotary_percent": case.rotary_percent,
         "max_position_embeddings": case.positions,
+        "mtp_num_layers": case.further or None,
         "untie_embeddings_and_output_weights": not case.tied,
     }
     if case.gated and "gelu" in case.activation:

@@ -32,7 +32,10 @@ with warnings.catch_warnings():
     from megatron.core import parallel_state
     from megatron.core.activations import squared_relu
     from megatron.core.models.gpt import GPTModel
-    from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+    from megatron.core.models.gpt.gpt_layer_specs import (
+        get_gpt_decoder_block_spec,
+        get_gpt_mtp_block_spec,
+    )
     from megatron.core.tensor_parallel.random import initialize_rng_tracker
     from megatron.core.transformer.transformer_config import (
         MLATransformerConfig,
@@ -187,6 +190,7 @@ def config_of(case: Case, tp: int, pp: int) -> Any:
         bias_activation_fusion=False,
         masked_softmax_fusion=False,
         gradient_accumulation_fusion=False,
+        mtp_num_layers=case.further or None,
         **experts,
         **_latent_config(case),
     )
@@ -217,9 +221,12 @@ def build(case: Case, tp: int, pp: int) -> Any:
     torch.distributed and Megatron's groups must be up, inside `megatron_on_cpu`.
     """
     config = config_of(case, tp, pp)
+    layers = _layer_spec(case, config)
+    further = get_gpt_mtp_block_spec(config, layers, False) if case.further else None
     model = GPTModel(
         config,
-        _layer_spec(case, config),
+        layers,
+        mtp_block_spec=further,
         vocab_size=case.padded_vocab,
         max_sequence_length=case.positions,
         pre_process=parallel_state.is_pipeline_first_stage(),
@@ -283,7 +290,7 @@ def _global_name(name: str, first_layer: int, case: Case) -> str:
 
 
 def _shard_axis(name: str) -> int | None:
-    if re.search(r"linear_(qkv|fc1)\.|word_embeddings|output_layer", name):
+    if re.search(r"linear_(qkv|fc1)\.|eh_proj|word_embeddings|output_layer", name):
         return 0
     return 1 if re.search(r"linear_(proj|fc2)\.weight", name) else None
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -152,7 +153,12 @@ def _forward(model: Any, tokens: torch.Tensor) -> torch.Tensor:
     length = tokens.shape[1]
     positions = torch.arange(length).expand_as(tokens)
     hidden_from = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
-    local = model(tokens, positions, hidden_from).float().contiguous()
+    # Layers that predict further tokens would want labels.
+    with (
+        mock.patch.object(model.config, "mtp_num_layers", None),
+        mock.patch.object(model, "mtp_process", False),
+    ):
+        local = model(tokens, positions, hidden_from).float().contiguous()
     group = parallel_state.get_tensor_model_parallel_group()
     shards = [torch.empty_like(local) for _ in range(group.size())]
     dist.all_gather(shards, local, group=group)

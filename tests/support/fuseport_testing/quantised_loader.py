@@ -18,9 +18,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 State = dict[str, torch.Tensor]
-Decode = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+Decode = Callable[..., torch.Tensor]
 
 SETTINGS = ("quantization_config",)
+# What codes are stored as, and what NVFP4's second scale is called.
+CODES, SECOND = (torch.float8_e4m3fn, torch.uint8), ".weight_scale_2"
 
 
 def stored_tensors(directory: Path) -> State:
@@ -33,15 +35,16 @@ def dequantised(directory: Path) -> State:
     """The weights in fp32."""
     tensors = stored_tensors(directory)
     suffix, decode = how(directory)
-    scales = {name for name in tensors if name.endswith(suffix)}
+    scales = {name for name in tensors if name.endswith((suffix, SECOND))}
     result = {}
     for name, tensor in tensors.items():
-        if tensor.dtype is torch.float8_e4m3fn:
-            scale = name.removesuffix(".weight") + suffix
-            scales.remove(scale)
-            assert tensors[scale].dtype in (torch.float32, torch.uint8), tensors[scale].dtype
-            result[name] = decode(tensor.float(), tensors[scale])
-        elif not name.endswith(suffix):
+        if tensor.dtype in CODES and name.endswith(".weight"):
+            module = name.removesuffix(".weight")
+            own = [f"{module}{end}" for end in (suffix, SECOND) if f"{module}{end}" in tensors]
+            scales.difference_update(own)
+            codes = tensor if tensor.dtype is torch.uint8 else tensor.float()
+            result[name] = decode(codes, *(tensors[one] for one in own))
+        elif not name.endswith((suffix, SECOND)):
             result[name] = tensor.float()
     assert not scales, f"never used: {sorted(scales)}"
     return result
@@ -97,10 +100,21 @@ def _mx(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return (codes.view(rows, -1, 32) * factors[..., None]).view(rows, columns)
 
 
+def _nv(packed: torch.Tensor, scale: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+    rows, columns = packed.shape
+    assert (scale.dtype, scale.shape) == (torch.float8_e4m3fn, (rows, columns // 8))
+    assert (second.dtype, second.shape) == (torch.float32, ())
+    codes = torch.stack((packed & 15, packed >> 4), -1).view(rows, -1, 16)
+    magnitudes = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0])[(codes & 7).long()]
+    values = torch.where(codes < 8, magnitudes, -magnitudes)
+    return (values * (scale.float() * second)[..., None]).view(rows, 2 * columns)
+
+
 MODELOPT: dict[str, Decode] = {
     "FP8": _scalar,
     "FP8_PER_CHANNEL_PER_TOKEN": _tokens,
     "MXFP8": _mx,
+    "NVFP4": _nv,
 }
 STRATEGIES: dict[str, Decode] = {"tensor": _one, "channel": _channels, "block": _blocks}
 

@@ -1,0 +1,75 @@
+"""Scales that tensor-parallel ranks share: their amaxes are reduced, one number for each group.
+
+A per-tensor scale belongs to the whole weight, and a rank sees its shard. Between finding the
+amaxes and quantising, all ranks take the maximum of each group's: one all-reduce of a vector, and
+no weight travels. The bits are those of the whole model converted in one place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from fuseport.kernels.quant import NvScale, TensorScale
+
+from .backend import Reduce
+from .errors import RecipeError
+from .parallel import Parallel
+from .plan import Planned
+
+
+def reducer(plan: Sequence[Planned], place: Parallel) -> Reduce | None:
+    """What merges a batch's amaxes over the ranks that share them; None if there are none.
+
+    Every rank of the group must run it, and have the same plan but for its share of the experts.
+
+    Args:
+        plan: a rank's tensors, over real memory.
+        place: the rank's, with its `tp_group`. Ranks with other experts take part, in places of
+            the vector that are not theirs.
+
+    Raises:
+        RecipeError: there are amaxes to share, and no group.
+    """
+    slots, size = _slots(plan, place)
+    if place.tp_size == 1 or not slots:
+        return None
+    if place.tp_group is None:
+        raise RecipeError(
+            f"scales are computed over {place.tp_size} tensor-parallel ranks, and the group of "
+            f"these ranks is not known; give tp_group, or scales for the weights"
+        )
+
+    def reduce(amaxes: tuple[torch.Tensor, ...]) -> None:
+        own = [slots[amax.data_ptr()] for amax in amaxes]
+        index = torch.tensor(own, device=amaxes[0].device)
+        every = amaxes[0].new_zeros(size).index_copy_(0, index, torch.cat(amaxes))
+        dist.all_reduce(every, dist.ReduceOp.MAX, group=place.tp_group)
+        for amax, most in zip(amaxes, every[index].split(1), strict=True):
+            amax.copy_(most)
+
+    return reduce
+
+
+def _slots(plan: Sequence[Planned], place: Parallel) -> tuple[dict[int, int], int]:
+    """Address of an amax → its place in the vector that all ranks make, and the vector's length."""
+    slots: dict[int, int] = {}
+    size = 0
+    # Ranks run expert-parallel fastest.
+    ep_rank = place.tp_rank % place.ep_size
+    for planned in plan:
+        new = [one for one in _amaxes(planned) if one not in slots]
+        of_experts = planned.dst.ndim == 3
+        first = size + ep_rank * len(new) * of_experts
+        slots |= {address: first + number for number, address in enumerate(new)}
+        size += len(new) * (place.ep_size if of_experts else 1)
+    return slots, size
+
+
+def _amaxes(planned: Planned) -> list[int]:
+    """The addresses of a tensor's amaxes, each once: one, or one for each expert."""
+    quants = [move.quant for move in planned.moves]
+    found = [one.amax for one in quants if isinstance(one, (TensorScale, NvScale))]
+    return list(dict.fromkeys(amax.data_ptr() for amax in found))
