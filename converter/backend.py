@@ -10,11 +10,11 @@ import torch
 from fuseport.kernels.move import Move
 from fuseport.kernels.reference import fused_copy_ref
 
+from .choices import BACKENDS
 from .errors import RecipeError
 
 Run = Callable[..., "torch.Tensor | None"]
 Prepare = Callable[[Sequence[Move]], Callable[[], object]]
-BACKENDS = ("auto", "triton", "torch")
 
 
 def choose(backend: str, device: torch.device) -> Run:
