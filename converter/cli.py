@@ -23,9 +23,10 @@ COMMANDS = (convert, inspect, verify, doctor, demo)
 
 # Exit codes: 1 for what the user can mend, 128 + its number for a signal (130: Ctrl-C).
 FAILED, SIGNALLED = 1, 128
+NAME = "fuseport"
 
 app = typer.Typer(
-    name="fuseport",
+    name=NAME,
     help="Turn checkpoints of Megatron or Hugging Face into what serving engines load.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -56,4 +57,4 @@ def main() -> None:
             # A log in ASCII gets a ? for ×, and no error.
             stream.reconfigure(errors="replace")
     with _readable_errors():
-        app(standalone_mode=True)
+        app(prog_name=NAME)

@@ -100,12 +100,12 @@ def _memory() -> Finding:
     return Finding("memory", text, "note", advice)
 
 
-def free_memory() -> int:
+def free_memory(root: Path = Path("/")) -> int:
     """Bytes that this process may still take: the machine's, or what its control group leaves."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
+    lines = (root / "proc" / "meminfo").read_text().splitlines()
     fields = dict(line.split(":", 1) for line in lines)
     free = int(fields["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
+    group = root / "sys" / "fs" / "cgroup"
     try:
         limit = (group / "memory.max").read_text().strip()
         used = int((group / "memory.current").read_text())
