@@ -8,16 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from .. import answers, show
 from ..backend import default_device
 from ..bars import size
 from ..checkpoint_plan import CheckpointPlan, plan_checkpoint
 from ..convert import convert_checkpoint
+from ..errors import RecipeError
 from ..forecast import check_destination, forecast
 from ..group import Group, joined
 from ..limits import Limits
+from ..page.write import check_report, write_report
 from ..recipe import Recipe
+from ..report import Report
 from ..stops import leaving
 from ..timings import Timings
 from .output import Output
@@ -37,11 +41,22 @@ class Options:
     limits: Limits
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """What is to be done with a plan beside converting it, and what is to be shown."""
+
+    dry_run: bool
+    timings: bool
+    report: Path | None
+
+
 def carry_out(
     source: Path, out: Path, recipe: Recipe, facts: Mapping[str, object], options: Options,
-    printer: Output, *, dry_run: bool, timings: bool,
+    wanted: Wanted, printer: Output,
 ) -> None:  # fmt: skip
     """Plan, say so, and convert, alone or as one of several processes."""
+    if wanted.report is not None:
+        options = _with_report(wanted, options, {"OUT": out, "the source": source})
     with leaving("; OUT is as it was"), joined() as group:
         if group.rank:
             printer = dataclasses.replace(printer, console=Console(quiet=True), json=False)
@@ -50,10 +65,21 @@ def carry_out(
             printer.warn(*plan.notes)
         printer.say(show.plan_table(plan))
         printer.detail(show.facts_table(plan.spec), *show.ignored_keys(plan.source))
-        if dry_run:
+        if wanted.dry_run:
             _forecast(plan, out, options, group, printer)
-        else:
-            _convert(plan, out, options, group, printer, timings)
+            return
+        report, times = _convert(plan, out, options, group, printer)
+    if not group.rank:
+        _tell(plan, report, times, wanted, printer)
+
+
+def _with_report(wanted: Wanted, options: Options, apart: Mapping[str, Path]) -> Options:
+    """The options that a report needs; looks first if it can be written."""
+    assert wanted.report is not None
+    if wanted.dry_run:
+        raise RecipeError("--report tells of a conversion; leave out --dry-run")
+    check_report(wanted.report, apart)
+    return dataclasses.replace(options, measure=True)
 
 
 def _forecast(
@@ -67,18 +93,28 @@ def _forecast(
 
 
 def _convert(
-    plan: CheckpointPlan, out: Path, options: Options, group: Group, printer: Output,
-    timings: bool,
-) -> None:  # fmt: skip
-    """Convert with a bar and a report."""
+    plan: CheckpointPlan, out: Path, options: Options, group: Group, printer: Output
+) -> tuple[Report, Timings]:
+    """Convert with a bar."""
     times, device = Timings(), default_device(options.device)
     printer.detail(f"on {device}; windows of at most {size(options.limits.window(device))}")
-    with printer.progress("converting", plan.nbytes) as advance:
+    total = sum(planned.nbytes for planned in plan.tensors)
+    with printer.progress("converting", total) as advance:
         report = convert_checkpoint(
             plan, out, timings=times, progress=advance, group=group, **vars(options)
         )
+        times.stop()
+    return report, times
+
+
+def _tell(
+    plan: CheckpointPlan, report: Report, times: Timings, wanted: Wanted, printer: Output
+) -> None:
+    """Say what was done."""
     printer.say(show.report_text(report))
-    if not group.rank:
-        printer.warn(*show.losses(report))
-    (printer.say if timings else printer.detail)(show.timings_table(times))
+    printer.warn(*show.losses(report))
+    (printer.say if wanted.timings else printer.detail)(show.timings_table(times))
+    if wanted.report is not None:
+        page = write_report(wanted.report, plan, report, times)
+        printer.say(f"report: {escape(str(page))}")
     printer.answer(answers.converted(plan, report, times))

@@ -69,6 +69,12 @@ Measure = Annotated[
 Assets = Annotated[
     Path | None, typer.Option("--hf-assets", help="Copy the tokenizer's files from here.")
 ]
+ReportDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="DIR", help="Write a page about the conversion; implies --measure."
+    ),
+]
 GpuMemory = Annotated[str, typer.Option(help="Most memory on the GPU: 1GiB, 800MB, bytes.")]
 HostMemory = Annotated[str, typer.Option(help="Most private memory of the process.")]
 
@@ -106,6 +112,7 @@ def convert(
     host_memory: HostMemory = "2GiB",
     check_source: Annotated[bool, typer.Option(help="Check the source's own checksums.")] = True,
     timings: Annotated[bool, typer.Option("--timings", help="Print each stage's times.")] = False,
+    report: ReportDir = None,
     json: Json = False,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -118,7 +125,7 @@ def convert(
         from ..limits import Limits, parse_size
         from ..option_files import read_facts, read_family, read_scale_option
         from ..recipe import Recipe
-        from .conversion import Options, carry_out
+        from .conversion import Options, Wanted, carry_out
 
         facts = read_facts(spec, fact) | ({} if vocab_size is None else {"vocab_size": vocab_size})
         recipe = Recipe(
@@ -131,4 +138,5 @@ def convert(
             backend, device, overwrite, resume, hf_assets, measure, check_source,
             Limits(parse_size(gpu_memory), parse_size(host_memory)),
         )  # fmt: skip
-        carry_out(source, out, recipe, facts, options, printer, dry_run=dry_run, timings=timings)
+        wanted = Wanted(dry_run, timings, report)
+        carry_out(source, out, recipe, facts, options, wanted, printer)

@@ -26,10 +26,9 @@ Quiet = Annotated[
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more details.")]
 
 
-def words(known: Sequence[str]) -> Callable[[str], list[str]]:
-    """What a shell offers for an option: those of the known words that begin as typed."""
-    # typer knows the argument by this name.
-    return lambda incomplete: [word for word in known if word.startswith(incomplete)]
+def words(known: Sequence[str]) -> Callable[[], list[str]]:
+    """What a shell offers for an option; typer leaves out what does not begin as typed."""
+    return lambda: list(known)
 
 
 def listed(known: Sequence[str]) -> str:
