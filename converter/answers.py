@@ -14,6 +14,7 @@ from .read_manifest import SETTINGS, read_manifest
 from .report import Report
 from .sources.source import Source
 from .timings import Timings
+from .trtllm_package import Loaded
 from .verify import Verification
 
 Answer = dict[str, object]
@@ -105,7 +106,7 @@ def converted(plan: CheckpointPlan, report: Report, times: Timings) -> Answer:
     }
 
 
-def verified(out: Path, found: Verification) -> Answer:
+def verified(out: Path, found: Verification, loaded: Loaded | None) -> Answer:
     """A passed verification: what was checked, and what became of the source's elements."""
     counts: Mapping[str, object] | None = None
     if found.accounting is not None:
@@ -117,4 +118,5 @@ def verified(out: Path, found: Verification) -> Answer:
         "tensors": found.tensors,
         "bytes": found.nbytes,
         "accounting": counts,
+        "tensorrt_llm": None if loaded is None else dataclasses.asdict(loaded),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -17,11 +18,14 @@ import torch
 
 from .backend import default_device
 from .bars import size
+from .choices import TARGETS
 from .convert import convert_checkpoint
 from .demo import write_demo_checkpoint
-from .errors import FuseportError, OutputError
+from .errors import FuseportError, MissingPackageError, OutputError
+from .installed import version
 from .limits import Limits
 from .recipe import Recipe
+from .trtllm_package import PACKAGE, needed_version
 from .verify import verify_checkpoint
 
 # Bytes of the demo's checkpoint and its result, generously.
@@ -54,14 +58,6 @@ def examine(path: Path) -> list[Finding]:
         _tensorrt_llm(),
         _trial(path),
     ]
-
-
-def version(package: str) -> str:
-    """An installed package's version; "" where there is none. Imports nothing."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""
 
 
 def _software() -> Iterator[Finding]:
@@ -154,10 +150,17 @@ def _package(requirement: str) -> str:
 
 
 def _tensorrt_llm() -> Finding:
-    found = version("tensorrt_llm")
-    if not found:
+    if not version(PACKAGE):
         return Finding("TensorRT-LLM", "not installed", "absent")
-    return Finding("TensorRT-LLM", found)
+    return Finding("TensorRT-LLM", f"{version(PACKAGE)}, reads --target {' and '.join(_read())}")
+
+
+def _read() -> Iterator[str]:
+    """The targets that the installed TensorRT-LLM reads."""
+    for target in TARGETS:
+        with contextlib.suppress(MissingPackageError):
+            needed_version(target)
+            yield target
 
 
 def _trial(path: Path) -> Finding:

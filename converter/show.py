@@ -22,6 +22,7 @@ from .read_manifest import SETTINGS, read_manifest
 from .report import Report
 from .sources.source import Source
 from .timings import Timings
+from .trtllm_package import Loaded
 from .verify import Verification
 
 
@@ -114,6 +115,14 @@ def verification_text(out: Path, result: Verification) -> str:
             f"  dropped {n:,} of {escape(name)} (padding)" for name, n in counts.dropped.items()
         ]
     return "\n".join(lines)
+
+
+def loaded_text(loaded: Loaded) -> str:
+    """What TensorRT-LLM took."""
+    return (
+        f"[green]loaded[/] by TensorRT-LLM {loaded.version}: {loaded.ranks} ranks, "
+        f"{loaded.parameters} parameters"
+    )
 
 
 def verify_bytes(out: Path, source: Path | None) -> int:

@@ -57,7 +57,7 @@ def carry_out(
     """Plan, say so, and convert, alone or as one of several processes."""
     if wanted.report is not None:
         options = _with_report(wanted, options, {"OUT": out, "the source": source})
-    with leaving("; OUT is as it was"), joined() as group:
+    with joined() as group, leaving("; OUT is as it was"):
         if group.rank:
             printer = dataclasses.replace(printer, console=Console(quiet=True), json=False)
         plan = plan_checkpoint(source, recipe, facts)
