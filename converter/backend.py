@@ -12,13 +12,13 @@ import torch
 from fuseport.kernels.move import Move
 from fuseport.kernels.reference import fused_copy_ref
 
+from .choices import BACKENDS
 from .errors import RecipeError
 
 Run = Callable[..., "torch.Tensor | None"]
 # Merges the groups' amaxes (fp32 [1] each) in place, between finding them and quantising.
 Reduce = Callable[[tuple[torch.Tensor, ...]], object]
 Prepare = Callable[[Sequence[Move]], Callable[[], object]]
-BACKENDS = ("auto", "triton", "torch")
 
 
 def choose(backend: str, device: torch.device) -> Run:

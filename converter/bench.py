@@ -59,6 +59,12 @@ class Bench:
         """Bytes of the weights."""
         return sum(value.nbytes for value in self.weights.values())
 
+    @property
+    def place(self) -> str:
+        """The device, in words."""
+        on_gpu = self.device.type == "cuda"
+        return torch.cuda.get_device_name(self.device) if on_gpu else "the CPU, at toy size"
+
     def schemes(self) -> Iterator[Seen]:
         """Each scheme, checked and timed.
 

@@ -12,6 +12,7 @@
     │   └── UnsupportedOptionError
     ├── RecipeError                the choice of target, parallel sizes or dtypes cannot work
     ├── OutputError                the destination exists, is full, or is not writable
+    ├── MissingPackageError        an option needs a package that is not installed
     ├── RankError                  another process of the same run failed, died or hangs
     └── VerificationError          a result is not what its source says it should be
 
@@ -69,6 +70,10 @@ class RecipeError(FuseportError):
 
 class OutputError(FuseportError):
     """The destination exists, is full or cannot be written."""
+
+
+class MissingPackageError(FuseportError):
+    """An option needs a package that is not installed, or another version of it."""
 
 
 class RankError(FuseportError):

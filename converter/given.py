@@ -15,10 +15,11 @@ import torch
 from fuseport.kernels.move import Move
 from fuseport.kernels.quant import GivenScale
 
+from .choices import FROM_SOURCE
 from .errors import RecipeError, ScaleError
 from .formats import Format, Static
 from .plan import Allocate, Planned, storage_key
-from .recipe import FROM_SOURCE, Recipe
+from .recipe import Recipe
 from .scales import ScaleTable, table_of
 from .sources.stored import Piece, Stored
 from .targets.parts import TargetTensor

@@ -10,7 +10,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+
+
+def place(file: str, tensor: str) -> str:
+    """What a tensor of a file is called where losses are listed."""
+    return f"{Path(file).stem}/{tensor}"
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import xxhash
 from .checkpoint import FileImage, file_digest
 from .checkpoint_plan import CheckpointPlan
 from .fingerprint import Fingerprint
-from .losses import Losses
+from .losses import Losses, place
 from .model import ModelSpec
 from .recipe import Recipe
 from .stored_codes import tally
@@ -89,5 +89,5 @@ def losses_of(results: Mapping[str, FileResult]) -> Losses:
     for file, result in results.items():
         for name, (beyond, strange, signal, noise) in result.lost.items():
             counts = int(beyond), int(strange)
-            losses.add(f"{Path(file).stem}/{name}", counts, (signal, noise))
+            losses.add(place(file, name), counts, (signal, noise))
     return losses

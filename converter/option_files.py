@@ -8,9 +8,9 @@ from typing import Any
 
 import yaml
 
+from .choices import FROM_SOURCE
 from .errors import RecipeError
 from .hf_family import make_family
-from .recipe import FROM_SOURCE
 from .scales import read_scales
 
 

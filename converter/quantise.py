@@ -14,12 +14,13 @@ import torch
 from fuseport.kernels.move import Move
 from fuseport.kernels.quant import GivenScale, Scheme
 
+from .choices import USUAL_EXCLUDES
 from .errors import RecipeError, ScaleError
 from .formats import Format, Place, format_of
 from .given import Given, GroupScales, cache_scales, group_scales
 from .layout import pairs, shape_of
 from .plan import Allocate, Planned, on_meta, plain
-from .recipe import USUAL_EXCLUDES, Recipe
+from .recipe import Recipe
 from .stored_codes import Codes, Kept, same_scheme
 from .targets.parts import TargetTensor
 

@@ -16,6 +16,11 @@ from .targets.target import Target
 SETTINGS = "config.json"
 
 
+def is_result(path: Path) -> bool:
+    """True if a directory has a manifest, whatever it says."""
+    return (path / MANIFEST).is_file()
+
+
 def read_manifest(out: Path) -> dict[str, Any]:
     """The manifest of a converted checkpoint.
 

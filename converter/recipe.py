@@ -8,29 +8,23 @@ from dataclasses import dataclass
 
 import torch
 
+from .choices import (
+    CACHES,
+    DTYPE_NAMES,
+    FROM_SOURCE,
+    MTP,
+    PROFILES,
+    QUANTS,
+    SHARD_SIZE,
+    TARGETS,
+    USUAL_EXCLUDES,
+)
 from .errors import RecipeError
 from .hf_family import Table, make_family
 from .model import ModelSpec
 from .scales import table_of
 
-DTYPES = {
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "float32": torch.float32,
-}
-TARGETS = ("trtllm", "hf")
-# Bytes of a Hugging Face file: what the Hub's own tools use.
-SHARD_SIZE = 5_000_000_000
-# Who is to read a Hugging Face result: see targets/profiles.py.
-PROFILES = ("vllm", "sglang", "trtllm", "compressed-tensors")
-# What becomes of layers that predict further tokens.
-MTP = ("drop", "keep")
-QUANTS = ("none", "fp8", "fp8-row", "fp8-block", "mxfp8", "nvfp4")
-CACHES = ("none", "fp8")
-# Recipe.scales: those that the source itself holds.
-FROM_SOURCE = "source"
-# What engines keep in the model's own dtype as a rule.
-USUAL_EXCLUDES = ("lm_head",)
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in DTYPE_NAMES}
 
 
 @dataclass(frozen=True, kw_only=True)

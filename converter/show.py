@@ -5,60 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console, RenderableType
 from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 from rich.table import Table
 
-from .bench import Bench, Seen
-from .checkpoint import MANIFEST, read_json
+from .bars import size
+from .checkpoint import read_json
 from .checkpoint_plan import CheckpointPlan
-from .errors import FuseportError
+from .doctor import Finding
 from .forecast import Forecast
-from .hf_family import Table as FamilyTable
 from .model import ModelSpec
 from .read_manifest import SETTINGS, read_manifest
 from .report import Report
-from .sources.source import Source, open_source
+from .sources.source import Source
 from .timings import Timings
+from .trtllm_package import Loaded
 from .verify import Verification
-
-
-def size(nbytes: float) -> str:
-    """Bytes for people: 17.1 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if abs(nbytes) < 1000:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.1f} {unit}"
-        nbytes /= 1000
-    return f"{nbytes:.1f} TB"
-
-
-@contextmanager
-def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar that counts bytes; yields the function that advances it."""
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda nbytes: bar.advance(task, nbytes)
 
 
 def plan_table(plan: CheckpointPlan) -> Table:
@@ -75,11 +40,6 @@ def plan_table(plan: CheckpointPlan) -> Table:
     return table
 
 
-def notes(plan: CheckpointPlan) -> list[str]:
-    """What a user should be told before anything is read: a line each."""
-    return [f"[yellow]warning[/]: {escape(note)}" for note in plan.notes]
-
-
 def report_text(report: Report) -> str:
     """One paragraph about a finished conversion."""
     lines = [f"wrote {escape(str(report.out))}: {report.tensors} tensors, {size(report.nbytes)}"]
@@ -88,18 +48,22 @@ def report_text(report: Report) -> str:
             f"of the source's quantised weights {report.codes['kept']} are kept as they are, "
             f"{report.codes['dequantised']} are dequantised first"
         )
+    lines += _error_text(report.relative_errors, report.snr_db)
+    return "\n".join(lines)
+
+
+def losses(report: Report) -> Iterator[str]:
+    """What a user should be told about values that were lost: a sentence each."""
     for what, counts in (
         ("exceed their format", report.saturated),
         ("are NaN or Inf", report.nonfinite),
     ):
         if counts:
             worst = max(counts, key=lambda name: counts[name])
-            lines.append(
-                f"[yellow]warning[/]: {sum(counts.values())} values in {len(counts)} tensors "
-                f"{what}, most in {escape(worst)} ({counts[worst]})"
+            yield (
+                f"{sum(counts.values())} values in {len(counts)} tensors {what}, most in {worst} "
+                f"({counts[worst]})"
             )
-    lines += _error_text(report.relative_errors, report.snr_db)
-    return "\n".join(lines)
 
 
 def forecast_text(known: Forecast) -> str:
@@ -123,16 +87,6 @@ def timings_table(timings: Timings) -> Table:
     return table
 
 
-def json_report(out: Path, result: Verification | FuseportError) -> str:
-    """A verification's result for programs: `verified`, then what was checked, or the error."""
-    if isinstance(result, FuseportError):
-        kind = type(result).__name__
-        values: dict[str, object] = {"verified": False, "error": kind, "message": str(result)}
-    else:
-        values = {"verified": True, **dataclasses.asdict(result)}
-    return json.dumps({"out": str(out), **values}, indent=2)
-
-
 def _error_text(errors: Mapping[str, float], snr: float | None) -> Iterator[str]:
     """What quantisation costs, where it was measured."""
     if errors:
@@ -142,27 +96,6 @@ def _error_text(errors: Mapping[str, float], snr: float | None) -> Iterator[str]
             f"quantisation: {ratio} over {len(errors)} weights; largest relative error "
             f"{errors[worst]:.4f} in {escape(worst)}"
         )
-
-
-def bench_table(bench: Bench, seen: Iterable[Seen]) -> Table:
-    """What a machine did: a row a scheme."""
-    device = bench.device
-    place = torch.cuda.get_device_name(device) if device.type == "cuda" else "the CPU, at toy size"
-    title = (
-        f"{bench.spec.num_layers} layers of a Llama-like model, {size(bench.nbytes)}, on {place}; "
-        f"a copy there: {size(bench.copy)}/s (bytes are read and written ones)"
-    )
-    columns = ("", "bytes", "first call", "kept plan", "of the copy")
-    table = Table(*columns, title=title, title_justify="left")
-    for one in seen:
-        times = (f"{1e3 * one.first:.1f} ms", f"{1e3 * one.kept:.2f} ms")
-        table.add_row(one.scheme, size(one.nbytes), *times, f"{100 * one.share:.0f}%")
-    return table
-
-
-NO_GPU = (
-    "[yellow]no GPU here[/]: these are toy sizes in plain torch, and say nothing of what a GPU does"
-)
 
 
 def verification_text(out: Path, result: Verification) -> str:
@@ -184,25 +117,27 @@ def verification_text(out: Path, result: Verification) -> str:
     return "\n".join(lines)
 
 
+def loaded_text(loaded: Loaded) -> str:
+    """What TensorRT-LLM took."""
+    return (
+        f"[green]loaded[/] by TensorRT-LLM {loaded.version}: {loaded.ranks} ranks, "
+        f"{loaded.parameters} parameters"
+    )
+
+
 def verify_bytes(out: Path, source: Path | None) -> int:
     """Bytes that a verification goes through."""
     total = sum(entry["bytes"] for entry in read_manifest(out)["files"].values())
     return int(total) * (1 if source is None else 2)
 
 
-def inspection(
-    path: Path, facts: Mapping[str, Any], family: FamilyTable | None = None
-) -> Iterator[RenderableType]:
-    """Tables about a source or a result."""
-    if (path / MANIFEST).is_file():
-        yield from _result(path)
-        return
-    source = open_source(path, family=family)
-    yield _facts_table(ModelSpec.from_facts(source.facts, **facts))
-    yield _source_table(source)
+def spec_of(source: Source, facts: Mapping[str, Any]) -> ModelSpec:
+    """A source's facts, replaced by given ones."""
+    return ModelSpec.from_facts(source.facts, **facts)
 
 
-def _facts_table(spec: ModelSpec) -> Table:
+def facts_table(spec: ModelSpec) -> Table:
+    """A model's facts, without those that are absent."""
     table = Table("fact", "value", title="model", title_justify="left")
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
@@ -211,7 +146,17 @@ def _facts_table(spec: ModelSpec) -> Table:
     return table
 
 
-def _source_table(source: Source) -> Table:
+def ignored_keys(source: Source) -> Iterator[Table]:
+    """The keys of a source that are no weights, if there are any."""
+    if source.ignored:
+        table = Table("ignored key", "why")
+        for name, reason in source.ignored.items():
+            table.add_row(escape(name), escape(reason))
+        yield table
+
+
+def source_table(source: Source) -> Table:
+    """A source's tensors."""
     title = f"{escape(str(source.origin))} ({source.kind}): {size(source.nbytes)}"
     table = Table("tensor", "shape", "dtype", "size", title=title, title_justify="left")
     for stored in sorted(source.stored.values(), key=lambda one: one.name):
@@ -225,7 +170,8 @@ def _source_table(source: Source) -> Table:
     return table
 
 
-def _result(path: Path) -> Iterator[RenderableType]:
+def result_tables(path: Path) -> Iterator[Table]:
+    """A result's settings and files."""
     manifest = read_manifest(path)
     settings = Table(SETTINGS, "value", title=escape(str(path)), title_justify="left")
     for name, value in read_json(path / SETTINGS).items():
@@ -237,3 +183,15 @@ def _result(path: Path) -> Iterator[RenderableType]:
             escape(name), str(len(manifest["tensors"].get(name, ()))), size(entry["bytes"])
         )
     yield files
+
+
+_MARKS = {"ok": "[green]ok[/]", "absent": "–", "note": "[yellow]note[/]", "fails": "[red]fails[/]"}
+
+
+def findings_table(findings: Sequence[Finding]) -> Table:
+    """What `doctor` found: a row each, with advice below."""
+    table = Table("", "topic", "found", title="this machine", title_justify="left")
+    for one in findings:
+        advice = f"\n[yellow]{escape(one.advice)}[/]" if one.advice else ""
+        table.add_row(_MARKS[one.state], one.topic, escape(one.found) + advice)
+    return table

@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
+from .timeline import Timeline
+
 # The stages in the order of the bytes' way.
 STAGES = ("check", "read", "to GPU", "kernel", "from GPU", "digest", "write", "fsync")
 
@@ -26,16 +28,24 @@ class Timings:
 
     stages: dict[str, Stage] = field(default_factory=lambda: {name: Stage() for name in STAGES})
     started: float = field(default_factory=time.perf_counter)
+    timeline: Timeline = field(default_factory=Timeline)
+    stopped: float | None = None
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def elapsed(self) -> float:
-        """Seconds since the start."""
-        return time.perf_counter() - self.started
+        """Seconds since the start, until it was stopped."""
+        return (self.stopped or time.perf_counter()) - self.started
+
+    def stop(self) -> None:
+        """The run is over."""
+        self.stopped = time.perf_counter()
 
     def add(self, stage: str, seconds: float, nbytes: int) -> None:
-        """Count a piece of work."""
+        """Count a piece of work that ends now."""
+        now = self.elapsed
         with self._lock:
+            self.timeline.add(stage, max(0.0, now - seconds), now)
             self.stages[stage].seconds += seconds
             self.stages[stage].nbytes += nbytes
 

@@ -30,6 +30,14 @@ if TYPE_CHECKING:
 MegatronRuns = Callable[..., "Run"]
 
 
+def pytest_report_header() -> str:
+    """Say what a run leaves out for want of a browser."""
+    from fuseport_testing.browser import find_browser
+
+    found = find_browser()
+    return f"browser: {found or 'none: tests marked browser are skipped (Debian: chromium)'}"
+
+
 @pytest.fixture(scope="session")
 def megatron_run(tmp_path_factory: pytest.TempPathFactory) -> MegatronRuns:
     """`megatron_run(case_name, tp=1, pp=1)` → the run, saved in all of the case's layouts.

@@ -24,10 +24,10 @@ from fuseport.converter import (
     verify_checkpoint,
 )
 from fuseport.converter.checkpoint import file_digest
+from fuseport.converter.choices import TARGETS as NAMES
 from fuseport.converter.cli import app
 from fuseport.converter.errors import FuseportError, OutputError, RecipeError, VerificationError
 from fuseport.converter.hf_family import GROUPS, make_family, packaged
-from fuseport.converter.recipe import TARGETS as NAMES
 from fuseport.converter.sources.megatron import read_model
 from fuseport.converter.targets.table import TARGETS
 from fuseport.converter.targets.target import Task

@@ -1,0 +1,1 @@
+"""The commands, a file each. What they are made of is imported when one runs."""

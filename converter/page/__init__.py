@@ -1,0 +1,1 @@
+"""`fuseport convert --report`: what a conversion did, as a page of HTML with pictures."""
