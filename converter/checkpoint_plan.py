@@ -11,6 +11,7 @@ from types import MappingProxyType
 
 import torch
 
+from . import collector
 from .checkpoint import FileImage
 from .errors import RecipeError
 from .fingerprint import Fingerprint, fingerprint
@@ -88,6 +89,7 @@ class CheckpointPlan:
         }
 
 
+@collector.paused()
 def plan_checkpoint(
     source: Path | Source,
     recipe: Recipe,

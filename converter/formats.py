@@ -28,12 +28,13 @@ from .targets.profiles import written
 class Place:
     """A matrix's own scales (and second scale), its group's amax, its columns, a move's first row.
 
-    `second` is a tensor that nothing reads where the scheme has no second scale.
+    `second` is a tensor that nothing reads where the scheme has no second scale; `amax` is made
+    when it is asked for, since most schemes have none.
     """
 
     scale: torch.Tensor
     second: torch.Tensor
-    amax: torch.Tensor
+    amax: Callable[[], torch.Tensor]
     columns: int
     first_row: int
 
@@ -74,7 +75,7 @@ class Format:
 
 
 def _tensor(at: Place) -> Scheme:
-    return TensorScale(at.scale.view(1), at.amax)
+    return TensorScale(at.scale.view(1), at.amax())
 
 
 def _row(at: Place) -> Scheme:
@@ -90,7 +91,8 @@ def _mx(at: Place) -> Scheme:
 
 
 def _nv(at: Place) -> Scheme:
-    return NvScale(at.scale, at.columns, at.first_row, second_scale=at.second.view(1), amax=at.amax)
+    second, amax = at.second.view(1), at.amax()
+    return NvScale(at.scale, at.columns, at.first_row, second_scale=second, amax=amax)
 
 
 def _one(rows: int, columns: int) -> Shape:

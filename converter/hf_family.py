@@ -98,15 +98,16 @@ class Family:
             self.tensors.get(part, ()), layer, expert
         )
 
-    def group(self, part: str, layer: int = 0, expert: int = 0) -> str:
-        """What engines fuse a part's weight into; "" where it is never quantised."""
-        module = self.module(part, layer, expert)[0]
-        parent = module.rpartition(".")[0]
-        return GROUPS.get(part, "").format(module=module, parent=parent)
+    def group(self, part: str, module: str) -> str:
+        """What engines fuse a part's weight into, with its module's name; "": never quantised."""
+        if part not in GROUPS:
+            return ""
+        return GROUPS[part].format(module=module, parent=module.rpartition(".")[0])
 
 
 def _filled(names: tuple[str, ...], layer: int, expert: int) -> tuple[str, ...]:
-    return tuple(name.replace("{i}", str(layer)).replace("{e}", str(expert)) for name in names)
+    i, e = str(layer), str(expert)
+    return tuple([name.replace("{i}", i).replace("{e}", e) for name in names])
 
 
 @functools.cache

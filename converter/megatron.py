@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from . import collector
 from .backend import copier, preparer
 from .claims import LenientClaims
 from .errors import RecipeError
@@ -155,6 +156,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         named = [to_megatron(tensors_of(chunk), conversion) for chunk in chunks]
         return gather_stage(named, self.facts(conversion).num_layers, self.parallel)
 
+    @collector.paused()
     def _prepare(self, tensors: Mapping[str, torch.Tensor], conversion: Mapping[str, Any]) -> None:
         """Plan, and keep the plan: it runs again as long as the tensors stay where they are."""
         spec = self._shard_facts(conversion)

@@ -6,6 +6,7 @@ import dataclasses
 import fnmatch
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -182,25 +183,30 @@ class _Weights:
             for kind in kinds
         ]
 
+        # The matrix by its elements: where each has a code, the codes will do.
+        each = chosen.elements_per_code
+        matrix = codes if each == 1 else on_meta((*experts, rows, columns), dtype=chosen.codes)
+        begin = matrix.storage_offset()
+
         def move(elements: torch.Tensor, source: torch.Tensor) -> Move:
-            row = int(elements.storage_offset()) // columns
+            row = int(elements.storage_offset() - begin) // columns
             expert, first_row = divmod(row, rows)
             own = [_of_expert(each, expert, len(experts)) for each in scales]
-            amax = self._amax(target, expert)
+            amax = partial(self._amax, target.group, target.first_expert + expert)
             quant = chosen.make(Place(own[0], own[-1], amax, columns, first_row))
-            return Move(_of_codes(elements, codes, chosen), source, target.shift, quant)
+            dst = elements if matrix is codes else _of_codes(elements, codes, each)
+            return Move(dst, source, target.shift, quant)
 
-        elements = on_meta((*experts, rows, columns), dtype=chosen.codes)
         try:
-            moves = tuple(move(d, s) for d, s in pairs(elements, target.layout) if d.numel())
+            moves = tuple(move(d, s) for d, s in pairs(matrix, target.layout) if d.numel())
         except ValueError as error:
             raise RecipeError(f"{target.name}: {error}; exclude it with --exclude") from error
         yield Planned(target.rank, target.name, codes, moves, target.group)
         for kind, each in zip(kinds, scales, strict=True):
             yield Planned(target.rank, f"{module}.{kind.suffix}", each, (), target.group)
 
-    def _amax(self, target: TargetTensor, expert: int) -> torch.Tensor:
-        key = target.group, target.first_expert + expert
+    def _amax(self, group: str, expert: int) -> torch.Tensor:
+        key = group, expert
         if key not in self.amaxes:
             self.amaxes[key] = self.allocate((1,), dtype=torch.float32)
         return self.amaxes[key]
@@ -219,9 +225,8 @@ def _of_expert(scales: torch.Tensor, expert: int, axes: int) -> torch.Tensor:
     return scales[expert] if axes else scales
 
 
-def _of_codes(view: torch.Tensor, codes: torch.Tensor, chosen: Format) -> torch.Tensor:
-    """A contiguous view of a matrix's elements, as the view of the codes that hold them."""
-    each = chosen.elements_per_code
+def _of_codes(view: torch.Tensor, codes: torch.Tensor, each: int) -> torch.Tensor:
+    """A contiguous view of a matrix's elements, as the view of the codes that hold `each`."""
     *outer, last = view.shape
     *strides, _ = view.stride()
     return codes.as_strided(

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from fuseport.kernels.move import GivenScale
 
+from . import collector
 from .errors import FuseportWarning, RecipeError
 from .given import Given, scale_table
 from .model import ModelSpec
@@ -56,6 +57,7 @@ class _Offer:
     wants: tuple[int, ...] | None
 
 
+@collector.paused()
 def plan_refit(
     source: Mapping[str, torch.Tensor],
     spec: ModelSpec,

@@ -9,6 +9,7 @@ import torch
 
 from fuseport.kernels.move import GivenScale
 
+from . import collector
 from .backend import choose
 from .claims import Claims, StoredClaims, check_dtype
 from .errors import FuseportWarning, MissingTensorError
@@ -26,6 +27,7 @@ from .targets.table import TARGETS, te_table
 from .targets.target import Task
 
 
+@collector.paused()
 def convert_state_dict(
     state_dict: Mapping[str, torch.Tensor],
     spec: ModelSpec,
@@ -74,6 +76,7 @@ def convert_state_dict(
     return ranks
 
 
+@collector.paused()
 def plan_memory(
     tensors: Mapping[str, torch.Tensor],
     model: Model,

@@ -188,7 +188,7 @@ class _Scope:
         return self.claims.need(self._keys(SPELLINGS[part]), shape)
 
     def _keys(self, spellings: tuple[str, ...]) -> tuple[str, ...]:
-        return tuple(self.prefix + spelling for spelling in spellings)
+        return tuple([self.prefix + spelling for spelling in spellings])
 
     def _find(
         self, spellings: tuple[str, ...], shape: tuple[int, ...], expected: bool | None
@@ -251,8 +251,7 @@ class _Scope:
         hidden, bias = self.spec.hidden_size, self.spec.add_bias_linear
 
         def find(part: str, shape: tuple[int, ...], expected: bool | None) -> torch.Tensor | None:
-            keys = (key.replace("{e}", str(expert)) for key in mlp_spellings(kind, part))
-            return self._find(tuple(keys), shape, expected)
+            return self._find(mlp_spellings(kind, part, expert), shape, expected)
 
         down = find("fc2", (hidden, width), True)
         assert down is not None

@@ -6,6 +6,8 @@ and without Transformer Engine and in each checkpoint layout, keeps it. `{e}` is
 
 from __future__ import annotations
 
+import functools
+
 SPELLINGS: dict[str, tuple[str, ...]] = {
     "embedding": ("embedding.word_embeddings.weight",),
     "positions": ("embedding.position_embeddings.weight",),
@@ -118,8 +120,10 @@ IGNORED: dict[str, str] = {
 }
 
 
-def mlp_spellings(kind: str, part: str) -> tuple[str, ...]:
-    """Every key of an MLP's part, after the layer's prefix."""
+@functools.cache
+def mlp_spellings(kind: str, part: str, expert: int) -> tuple[str, ...]:
+    """Every key of an MLP's part, after the layer's prefix; the same in every layer."""
     name = MLP_PARTS[part]
     grouped = (GROUPED.replace("{part}", name),) if kind == "expert" else ()
-    return tuple(prefix + name for prefix in MLP_PREFIXES[kind]) + grouped
+    keys = tuple(prefix + name for prefix in MLP_PREFIXES[kind]) + grouped
+    return tuple(key.replace("{e}", str(expert)) for key in keys)

@@ -122,11 +122,12 @@ class _Names:
                 f"{self.family.model_type} has no name; choose another with --fact "
                 f"model_type=NAME, or give a table with --family FILE"
             )
+        module = names[0].rpartition(".")[0]
         group = ""
-        if kind == "weight" and self.family.module(part):
-            group = self.family.group(part, self.layer, expert)
-        fused = part in EXPERTS_TOGETHER
-        module = names[0].rpartition(".")[0] if group or fused else ""
+        if kind == "weight" and part in self.family.modules:
+            group = self.family.group(part, module)
+        if not group and part not in EXPERTS_TOGETHER:
+            module = ""
         return TargetTensor(
             0, names[0], layout, dtype or self.dtype, shift, group=group, module=module,
             layer=self.layer, cache=_cache(part, module) if module else None,
