@@ -109,6 +109,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def bench(request: pytest.FixtureRequest) -> Bench:
     """The session's device and rows."""
     made = request.config.stash[RESULTS]
+    # What the libraries made on import never goes; looking it through each time takes minutes.
+    gc.collect()
+    gc.freeze()
     print(f"\n{machine()}")
     made.measure_copy()
     print(f"copy {made.rate / 1e9:.0f} GB/s", end="")

@@ -1,6 +1,6 @@
 """Run the suites: on a GPU at full size, elsewhere at toy size.
 
-    python -m benchmarks.run [SUITE ...] [--results DIRECTORY] [-- PYTEST OPTIONS]
+    python -m benchmarks.run [SUITE ...] [--results DIRECTORY] [--options=PYTEST_OPTIONS]
 
 Suites: kernels, models, scaling, peers, fresh, host, export; by default all but export, which
 writes 30 GB to a disk.
@@ -30,16 +30,18 @@ OPTIONS = (
 def main() -> int:
     """Run; pytest's exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suites", nargs="*", choices=[*SUITES, []], default=list(SUITES[:-1]))
+    parser.add_argument("suites", nargs="*", metavar="SUITE", help=f"of {', '.join(SUITES)}")
     parser.add_argument("--results", type=Path)
     parser.add_argument("--options", default="", help="further options for pytest")
     given = parser.parse_args()
+    if unknown := set(given.suites) - set(SUITES):
+        parser.error(f"no suite is called {', '.join(unknown)}; there are {', '.join(SUITES)}")
+    suites = given.suites or SUITES[:-1]
     on_gpu = torch.cuda.is_available()
     if not on_gpu:
         # Must be chosen before the kernels are imported.
         os.environ["TRITON_INTERPRET"] = "1"
     results = given.results or (HERE / "results" if on_gpu else None)
-    suites = [s for s in given.suites if (HERE / f"bench_{s}.py").exists()]
     os.environ["FUSEPORT_BENCH_COMMAND"] = shlex.join(["python", "-m", "benchmarks.run", *suites])
     files = [str(HERE / f"bench_{suite}.py") for suite in suites]
     where = [] if results is None else ["--results", str(results)]

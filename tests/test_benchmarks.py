@@ -44,7 +44,10 @@ def check_ratios(results: dict[str, Any]) -> None:
     rows = results["suites"]["peers"]["rows"]
     own = {(r["case"], r["scheme"]): r["seconds"] for r in rows if r["way"] == "fuseport"}
     others = [r for r in rows if r["way"] != "fuseport"]
-    assert {r["way"] for r in others} >= {"fuseport, planned anew", "eager", "torch.compile"}
+    # A peer that cannot be started is skipped: these must not be.
+    assert {r["way"] for r in others} == {
+        "fuseport, planned anew", "eager", "torch.compile", "Megatron-Core", "Fp8Quantize",
+    }  # fmt: skip
     for row in others:
         assert row["ratio"] == pytest.approx(row["seconds"] / own[row["case"], row["scheme"]])
 
