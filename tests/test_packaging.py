@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -36,10 +37,10 @@ def python(code: str, cwd: Path, path: Path) -> subprocess.CompletedProcess[str]
 
 
 @pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the package installed from a copy of the sources, without the network."""
+def sdist(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The source distribution, made from a copy of the sources."""
     base = tmp_path_factory.mktemp("packaging")
-    source, installed = base / "source", base / "installed"
+    source = base / "source"
     source.mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -47,11 +48,29 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copytree(
             ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__")
         )
+    code = f"from setuptools import build_meta as b; b.build_sdist({str(base / 'dist')!r})"
+    (base / "dist").mkdir()
+    result = run(sys.executable, "-c", code, cwd=source)
+    assert result.returncode == 0, result.stderr
+    (found,) = (base / "dist").iterdir()
+    return found
+
+
+@pytest.fixture(scope="module")
+def target(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the package installed from the source distribution, without the network."""
+    installed = tmp_path_factory.mktemp("installed")
     options = ("--quiet", "--no-deps", "--no-build-isolation", "--no-compile")
     pip = (sys.executable, "-m", "pip", "install", *options)
-    result = run(*pip, "--target", str(installed), str(source), cwd=base)
+    result = run(*pip, "--target", str(installed), str(sdist), cwd=installed)
     assert result.returncode == 0, result.stderr
     return installed
+
+
+def test_the_version_has_release_notes(sdist: Path) -> None:
+    newest = re.search(r"^## \[(.*?)\]", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert newest is not None
+    assert sdist.name == f"fuseport-{newest[1]}.tar.gz"
 
 
 def test_every_source_file_is_installed(target: Path) -> None:

@@ -59,7 +59,7 @@ def carry_out(
         options = _with_report(wanted, options, {"OUT": out, "the source": source})
     with joined() as group, leaving("; OUT is as it was"):
         if group.rank:
-            printer = dataclasses.replace(printer, console=Console(quiet=True), json=False)
+            printer = dataclasses.replace(printer, console=Console(quiet=True))
         plan = plan_checkpoint(source, recipe, facts)
         if not group.rank:
             printer.warn(*plan.notes)

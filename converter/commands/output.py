@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -44,8 +45,8 @@ class Output:
             errors.print(f"[yellow]warning[/]: {escape(text)}", highlight=False, soft_wrap=True)
 
     def answer(self, values: Mapping[str, object]) -> None:
-        """Tell a program, if one listens."""
-        if self.json:
+        """Tell a program, if one listens: the first of several processes does."""
+        if self.json and os.environ.get("RANK", "0") == "0":
             version = importlib.metadata.version("fuseport")
             print(json.dumps({"fuseport": version, "command": self.command, **values}, indent=2))
 

@@ -44,7 +44,7 @@ def draw_sizes(kinds: Mapping[str, Sizes]) -> Figure:
 def draw_errors(grid: Grid) -> Figure:
     """A cell for each layer and part."""
     rows, columns = len(grid.rows), len(grid.columns)
-    height = min(14.0, max(1.6, 0.3 * rows + 1.2)) + (0.9 if columns > _LEVEL else 0.0)
+    height = min(9.0, max(1.6, 0.3 * rows + 1.2)) + (0.9 if columns > _LEVEL else 0.0)
     figure = Figure(figsize=(WIDTH, height), dpi=110, layout="constrained")
     axes = figure.add_subplot()
     cells = np.full((rows, columns), np.nan)
@@ -58,7 +58,7 @@ def draw_errors(grid: Grid) -> Figure:
         interpolation="nearest",
     )  # fmt: skip
     _name_cells(axes, grid)
-    bar = figure.colorbar(image, pad=0.01)
+    bar = figure.colorbar(image, pad=0.01, fraction=0.03)
     bar.ax.tick_params(labelsize=8)
     if rows <= _ROWS and columns <= _COLUMNS:
         _write_cells(figure, cells)

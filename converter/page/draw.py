@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Polygon, Rectangle
 
 from .boxes import Area, Box
-from .journey import TARGETS, Arrival, Departure, Journey, Matrix
+from .journey import Arrival, Departure, Journey, Matrix
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00")
@@ -38,16 +38,14 @@ def draw_journey(way: Journey) -> Figure:
 
 
 def _height(departure: Departure) -> float:
-    count = min(len(departure.arrivals), TARGETS)
-    return max(_LEAST, _SLOT * count)
+    return max(_LEAST, _SLOT * len(departure.shown))
 
 
 def _band(axes: Axes, departure: Departure, height: float) -> None:
     """A source tensor, its targets one below the other, and ribbons between them."""
     _words(axes, departure, height)
     source = departure.matrix, height
-    parts, arrivals = departure.parts, list(departure.arrivals.values())
-    shown = arrivals[:TARGETS]
+    parts, shown = departure.parts, departure.shown
     rows = sum(one.matrix.rows for one in shown)
     room, top = height - _GAP * (len(shown) - 1), 0.0
     for index, arrival in enumerate(shown):
@@ -60,8 +58,8 @@ def _band(axes: Axes, departure: Departure, height: float) -> None:
         _name(axes, arrival, top + size / 2)
         top += size + _GAP
     _frame(axes, SOURCE, 0, height)
-    if len(arrivals) > len(shown):
-        text = f"and {len(arrivals) - len(shown)} more"
+    if more := len(departure.arrivals) - len(shown):
+        text = f"and {more} more"
         axes.text(TARGET, height + 0.02, text, va="top", fontsize=7.5, color=PALE)
 
 

@@ -54,6 +54,15 @@ class Departure:
         found = (parts for one in self.arrivals.values() for parts, _ in one.boxes)
         return list(dict.fromkeys(found))
 
+    @property
+    def shown(self) -> list[Arrival]:
+        """The arrivals that fit the picture: some of each mix of parts."""
+        mixes: dict[tuple[str, ...], list[Arrival]] = {}
+        for one in self.arrivals.values():
+            mixes.setdefault(tuple(part for part, _ in one.boxes), []).append(one)
+        share = max(1, TARGETS // len(mixes))
+        return [one for mix in mixes.values() for one in mix[:share]][:TARGETS]
+
 
 @dataclass(frozen=True)
 class Journey:

@@ -17,6 +17,7 @@ from fuseport_testing.tiny import write_tiny
 from rich.console import Console
 
 from fuseport.converter import bars, cli, doctor
+from fuseport.converter.commands.output import output
 from fuseport.converter.errors import OutputError
 from fuseport.converter.recipe import Recipe
 
@@ -89,6 +90,17 @@ def test_verify_answers(run: Run, source: Path, tmp_path: Path) -> None:
     wrong = answer(run, "verify", out, status=1)
     assert wrong.keys() == documented("After an error")
     assert wrong["error"] == "VerificationError"
+
+
+def test_one_of_several_processes_answers(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, expected in (("1", ""), ("0", "verify")):
+        monkeypatch.setenv("RANK", rank)
+        with pytest.raises(OutputError), output("verify", json=True):
+            raise OutputError("full")
+        found = capsys.readouterr().out
+        assert (json.loads(found)["command"] if found else "") == expected
 
 
 def test_quiet_and_verbose(run: Run, source: Path, tmp_path: Path) -> None:

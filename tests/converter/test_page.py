@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from fuseport_testing.command import Run
-from fuseport_testing.tiny import tiny_weights, write_tiny
+from fuseport_testing.tiny import FACTS, tiny_weights, write_tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -135,6 +135,16 @@ def test_a_journey_from_megatron(source: Path) -> None:
         ("rank1.safetensors", "attention q", 16, 24, 0),
         ("rank1.safetensors", "attention k", 24, 28, 8),
         ("rank1.safetensors", "attention v", 28, 32, 12),
+    ]
+
+
+def test_a_journey_shows_some_targets_of_each_part(tmp_path: Path) -> None:
+    source = write_tiny(tmp_path, facts={**FACTS, "num_attention_heads": 16, "kv_channels": 1})
+    plan = plan_checkpoint(source, Recipe(tp_size=8), {"num_query_groups": 8})
+    first = next(one for one in journey(plan, Atlas(plan)).departures if len(one.parts) == 2)
+    assert len(first.arrivals) == 16
+    assert [(one.boxes[0][0], one.file[:5]) for one in first.shown] == [
+        (part, f"rank{rank}") for part in ("MLP gate", "MLP up") for rank in range(4)
     ]
 
 
