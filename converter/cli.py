@@ -203,12 +203,14 @@ def verify(
         Path | None, typer.Option(help="Derive every tensor again and compare bit for bit.")
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print a report as JSON.")] = False,
+    host_memory: HostMemory = "2GiB",
 ) -> None:
     """Check digests and structure, and with --source every bit."""
     printer = Console(quiet=True) if json else console
+    limits = Limits(host_memory=parse_size(host_memory))
     try:
         with show.progress(printer, "verifying", show.verify_bytes(out, source)) as advance:
-            result = verify_checkpoint(out, source, progress=advance)
+            result = verify_checkpoint(out, source, limits=limits, progress=advance)
     except FuseportError as error:
         if json:
             print(show.json_report(out, error))
