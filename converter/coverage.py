@@ -40,17 +40,23 @@ def runs(view: torch.Tensor) -> tuple[np.ndarray, int]:
 
 
 def uses(plan: Iterable[Planned], sizes: dict[int, int]) -> dict[int, Uses]:
-    """For each storage in `sizes` (key → elements), how many elements are used how many times."""
-    starts: dict[int, list[np.ndarray]] = {key: [] for key in sizes}
-    ends: dict[int, list[np.ndarray]] = {key: [] for key in sizes}
+    """For each storage in `sizes` (key → elements), how many elements are used how many times.
+
+    One storage after the other, so that memory depends on the largest one alone.
+    """
+    views: dict[int, list[torch.Tensor]] = {key: [] for key in sizes}
     for planned in plan:
         for move in planned.moves:
             key = storage_key(move.src)
             if key in sizes and move.src.numel():
-                first, length = runs(move.src)
-                starts[key].append(first)
-                ends[key].append(first + length)
-    return {key: _histogram(starts[key], ends[key], size) for key, size in sizes.items()}
+                views[key].append(move.src)
+    return {key: _histogram(*_ends(views[key]), size) for key, size in sizes.items()}
+
+
+def _ends(views: Iterable[torch.Tensor]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Where the views' runs begin and end."""
+    found = [runs(view) for view in views]
+    return [starts for starts, _ in found], [starts + length for starts, length in found]
 
 
 def _histogram(starts: list[np.ndarray], ends: list[np.ndarray], size: int) -> Uses:

@@ -7,9 +7,11 @@ bit for bit what pure torch makes of it, with every source element accounted for
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from operator import mul
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +19,26 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from fuseport.kernels.reference import fused_copy_ref
-
-from .checkpoint import file_digest, file_digest_of, read_image, read_json, tensor_digests
+from .checkpoint import (
+    DTYPE_NAMES,
+    file_digest,
+    file_digest_of,
+    read_image,
+    read_json,
+    tensor_digests,
+)
 from .checkpoint_plan import CheckpointPlan, plan_checkpoint
 from .coverage import uses
-from .derive import BATCH, derive
 from .errors import FuseportError, VerificationError
 from .given import GIVEN
+from .limits import Limits
 from .model import ModelSpec
-from .plan import batches
+from .plan import Planned, storage_key
 from .read_manifest import SETTINGS, expect, read_manifest, sane, target_of
 from .recipe import Recipe
+from .rederive import Piece, Rederive, read_view
+from .sources.stored import FileRange, Stored
+from .sources.stored import Piece as Box
 
 Progress = Callable[[int], None]
 
@@ -56,7 +66,11 @@ class Verification:
 
 
 def verify_checkpoint(
-    out: Path, source: Path | None = None, *, progress: Progress = lambda nbytes: None
+    out: Path,
+    source: Path | None = None,
+    *,
+    limits: Limits | None = None,
+    progress: Progress = lambda nbytes: None,
 ) -> Verification:
     """Verify a converted checkpoint.
 
@@ -64,6 +78,7 @@ def verify_checkpoint(
         out: the converted directory, with its manifest.
         source: the checkpoint it was made from: every tensor is then derived again in plain torch
             and compared.
+        limits: of which `host_memory` bounds the process's private memory.
         progress: called with the number of bytes checked since the last call.
 
     Raises:
@@ -79,7 +94,7 @@ def verify_checkpoint(
         plan = _plan_again(source, manifest)
         for name, values in plan.settings().items():
             _same_settings(out / name, values)
-        _compare(out, plan, progress)
+        _compare(out, plan, limits or Limits(), progress)
         accounting = account(plan)
     nbytes = sum(entry["bytes"] for entry in manifest["files"].values())
     return Verification(len(manifest["files"]), tensors, nbytes, accounting)
@@ -165,16 +180,48 @@ def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
     return plan_checkpoint(source, recipe, spec)
 
 
-def _compare(out: Path, plan: CheckpointPlan, progress: Progress) -> None:
+def _compare(out: Path, plan: CheckpointPlan, limits: Limits, progress: Progress) -> None:
     """Derive every tensor in plain torch and compare bits."""
-    for batch in batches(plan.tensors, BATCH):
-        results = derive(batch, plan.stored, fused_copy_ref, torch.device("cpu"))
-        for planned, expected in zip(batch, results, strict=True):
-            file = plan.images[planned.rank].name
-            with _opened(out / file) as opened:
-                found = opened.get_tensor(planned.name)
-            _same(f"{file}: {planned.name}", found, expected)
-            progress(planned.nbytes)
+    files = _result(out, plan)
+    again = Rederive(plan.tensors, plan.stored, limits)
+    missing = {storage_key(one.dst): one.dst.numel() for one in plan.tensors}
+    for planned in plan.tensors:
+        for piece in again.pieces(planned):
+            key = storage_key(piece.planned.dst)
+            found = read_view(files[key], piece.view, piece.view.numel())
+            _same(files[key].name, piece, found)
+            missing[key] -= piece.view.numel()
+            progress(piece.expected.nbytes)
+    if left := [one.name for one in plan.tensors if missing[storage_key(one.dst)]]:
+        raise VerificationError(f"the plan does not fill {left[0]} once; please report this")
+
+
+def _result(out: Path, plan: CheckpointPlan) -> dict[int, Stored]:
+    """The result's tensors by the storage of their planned ones; they are what was planned."""
+    found: dict[int, Stored] = {}
+    planned: dict[int, list[Planned]] = {}
+    for one in plan.tensors:
+        planned.setdefault(one.rank, []).append(one)
+    for number, tensors in planned.items():
+        path = out / plan.images[number].name
+        image = read_image(path)
+        entries = json.loads(image.header[8:])
+        for one in tensors:
+            name, shape = f"{path.name}: {one.name}", tuple(one.dst.shape)
+            _check_kind(name, entries.get(one.name, {}), one)
+            place = FileRange(path, image.offsets[one.name])
+            box = Box((0,) * len(shape), shape, place)
+            found[storage_key(one.dst)] = Stored(name, shape, one.dst.dtype, (box,))
+    return found
+
+
+def _check_kind(name: str, entry: Mapping[str, Any], planned: Planned) -> None:
+    found = entry.get("dtype"), entry.get("shape")
+    expected = DTYPE_NAMES[planned.dst.dtype], list(planned.dst.shape)
+    if found != expected:
+        raise VerificationError(
+            f"{name} is {found[0]} {found[1]}, the source makes it {expected[0]} {expected[1]}"
+        )
 
 
 def _same_settings(path: Path, expected: Mapping[str, object]) -> None:
@@ -187,20 +234,17 @@ def _same_settings(path: Path, expected: Mapping[str, object]) -> None:
             )
 
 
-def _same(name: str, found: torch.Tensor, expected: torch.Tensor) -> None:
-    if found.dtype != expected.dtype or found.shape != expected.shape:
-        raise VerificationError(
-            f"{name} is {found.dtype} {list(found.shape)}, the source makes it "
-            f"{expected.dtype} {list(expected.shape)}"
-        )
+def _same(name: str, piece: Piece, found: torch.Tensor) -> None:
     # Flat first: a scalar has no bytes to view.
-    one, other = (tensor.reshape(-1).view(torch.uint8) for tensor in (found, expected))
+    one, other = (tensor.reshape(-1).view(torch.uint8) for tensor in (found, piece.expected))
     if (bits := torch.ne(one, other)).any():
-        first = int(bits.nonzero()[0]) // expected.element_size()
-        index = [int(i) for i in np.unravel_index(first, tuple(expected.shape))]
+        first = int(bits.nonzero()[0]) // found.element_size()
+        steps = np.unravel_index(first, tuple(piece.view.shape))
+        place = piece.view.storage_offset() + sum(map(mul, steps, piece.view.stride()))
+        index = [int(i) for i in np.unravel_index(int(place), tuple(piece.planned.dst.shape))]
         raise VerificationError(
             f"{name}{index} is {found.flatten()[first].item()}, the source makes it "
-            f"{expected.flatten()[first].item()}; convert again"
+            f"{piece.expected.flatten()[first].item()}; convert again"
         )
 
 

@@ -19,7 +19,7 @@ from ..choices import (
     TARGETS,
     USUAL_EXCLUDES,
 )
-from .options import Facts, FamilyFile, Json, Quiet, SpecFile, Verbose, listed, words
+from .options import Facts, FamilyFile, HostMemory, Json, Quiet, SpecFile, Verbose, listed, words
 from .output import output
 
 Source = Annotated[Path, typer.Argument(help="A checkpoint of Megatron or Hugging Face.")]
@@ -76,7 +76,6 @@ ReportDir = Annotated[
     ),
 ]
 GpuMemory = Annotated[str, typer.Option(help="Most memory on the GPU: 1GiB, 800MB, bytes.")]
-HostMemory = Annotated[str, typer.Option(help="Most private memory of the process.")]
 
 
 def convert(

@@ -34,3 +34,6 @@ def words(known: Sequence[str]) -> Callable[[], list[str]]:
 def listed(known: Sequence[str]) -> str:
     """Words for a help text: "a, b or c"."""
     return f"{', '.join(known[:-1])} or {known[-1]}"
+
+
+HostMemory = Annotated[str, typer.Option(help="Most private memory of the process.")]

@@ -12,9 +12,16 @@ import torch
 from fuseport_testing.cases import BY_NAME, CASES, some_tokens
 from fuseport_testing.megatron_models import Run
 from fuseport_testing.trtllm_runtime import runtime_logits
+from safetensors.torch import load_file
 
-from fuseport.converter import Recipe, convert_checkpoint, plan_checkpoint, verify_checkpoint
-from fuseport.converter.errors import VerificationError
+from fuseport.converter import (
+    Recipe,
+    convert_checkpoint,
+    plan_checkpoint,
+    rederive,
+    verify_checkpoint,
+)
+from fuseport.converter.errors import RecipeError, VerificationError
 from fuseport.converter.verify import account
 
 Runs = Callable[..., Run]
@@ -112,6 +119,40 @@ def test_another_source_is_found(megatron_run: Runs, tmp_path: Path) -> None:
     torch.save(saved, file)
     with pytest.raises(VerificationError, match=r"layers\.1\.mlp\.proj\.weight\[3, 5\]"):
         verify_checkpoint(out, other)
+
+
+@pytest.mark.parametrize("quant", ["none", "fp8", "fp8-row", "fp8-block", "nvfp4"])
+@pytest.mark.parametrize("size", [60, 700])
+def test_small_pieces_are_compared_alike(
+    quant: str, size: int, megatron_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pieces smaller than a row or a block, and ones that end within a head."""
+    monkeypatch.setattr(rederive, "_PIECE", size)
+    run, out = megatron_run("llama"), tmp_path / "out"
+    scales = {"*": {"input": 0.125}} if quant == "nvfp4" else None
+    source = convert(run, "legacy", out, Recipe(target="hf", quant=quant, scales=scales))
+    done: list[int] = []
+    verify_checkpoint(out, source, progress=done.append)
+    tensors = [one for file in out.glob("*.safetensors") for one in load_file(file).values()]
+    assert sum(done) == 2 * sum(one.nbytes for one in tensors)
+    other = tmp_path / "other"
+    shutil.copytree(source, other)
+    file = next(other.rglob("model_optim_rng.pt"))
+    saved = torch.load(file, weights_only=False)
+    saved["model"]["decoder.layers.1.mlp.linear_fc2.weight"][3, 5] *= -3
+    torch.save(saved, file)
+    with pytest.raises(VerificationError, match=r"layers\.1\.mlp\.down_proj\.weight"):
+        verify_checkpoint(out, other)
+
+
+def test_rows_that_exceed_the_bound_are_refused(
+    megatron_run: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = megatron_run("llama"), tmp_path / "out"
+    source = convert(run, "legacy", out, Recipe(target="hf", quant="fp8-block"))
+    monkeypatch.setattr(rederive, "_TAKES", 1 << 20)
+    with pytest.raises(RecipeError, match=r"proj.weight: 128 rows .* give more --host-memory"):
+        verify_checkpoint(out, source)
 
 
 def test_accounting(megatron_run: Runs, tmp_path: Path) -> None:
