@@ -11,10 +11,17 @@ import functools
 import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import yaml
 
 from .errors import RecipeError
+
+if TYPE_CHECKING:
+    from importlib.abc import Traversable
+
+# A packaged family's file is its model_type with this behind it.
+SUFFIX = ".yaml"
 
 # Part → the group of its weight: what engines fuse it into; `{parent}` is its module's parent.
 GROUPS = {
@@ -110,18 +117,33 @@ def _filled(names: tuple[str, ...], layer: int, expert: int) -> tuple[str, ...]:
     return tuple([name.replace("{i}", i).replace("{e}", e) for name in names])
 
 
-@functools.cache
 def packaged() -> dict[str, Family]:
     """model_type → family, of the tables in the package."""
-    tables = _packaged_tables()
-    return {name: make_family(table, name) for name, table in tables.items()}
+    return {name: _packaged_family(name) for name in packaged_names()}
 
 
-def _packaged_tables() -> dict[str, dict[str, object]]:
-    folder = importlib.resources.files(f"{__package__}.families")
-    files = sorted((file for file in folder.iterdir()), key=lambda file: file.name)
-    tables = [yaml.safe_load(file.read_text()) for file in files if ".yaml" in file.name]
-    return {table["model_type"]: table for table in tables}
+@functools.cache
+def packaged_names() -> tuple[str, ...]:
+    """Every packaged family's model_type, which is its file's name too."""
+    files = sorted(file.name for file in _folder().iterdir())
+    return tuple(name[: -len(SUFFIX)] for name in files if name[-len(SUFFIX) :] == SUFFIX)
+
+
+@functools.cache
+def _packaged_family(name: str) -> Family:
+    return make_family(_packaged_table(name), name)
+
+
+@functools.cache
+def _packaged_table(name: str) -> Table:
+    """One file's contents; reading all of them takes longer than planning a model."""
+    text = (_folder() / f"{name}{SUFFIX}").read_text()
+    table: Table = yaml.load(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    return table
+
+
+def _folder() -> Traversable:
+    return importlib.resources.files(f"{__package__}.families")
 
 
 def make_family(table: Table, where: str) -> Family:
@@ -173,10 +195,10 @@ def _inherited(table: Table, where: str) -> dict[str, object]:
     parent = table.get("like")
     if parent is None:
         return {name: value for name, value in table.items() if name != "like"}
-    tables = _packaged_tables()
-    if parent not in tables:
-        raise RecipeError(f"the family {where} is like {parent!r}; known: {', '.join(tables)}")
-    merged = _inherited(tables[str(parent)], str(parent))
+    known = packaged_names()
+    if parent not in known:
+        raise RecipeError(f"the family {where} is like {parent!r}; known: {', '.join(known)}")
+    merged = _inherited(_packaged_table(str(parent)), str(parent))
     for name in TABLES:
         # A default may be null itself.
         both = {**_table(merged, name, where), **_table(table, name, where)}
@@ -203,10 +225,10 @@ def family_of(model_type: str, own: Table | None) -> Family:
     """
     if own is not None:
         return make_family(own, str(own.get("model_type")))
-    if model_type not in packaged():
+    if model_type not in packaged_names():
         raise RecipeError(
             f"no table for model_type {model_type!r} in the Hugging Face layout; known: "
-            f"{', '.join(packaged())}; give one with --family FILE "
+            f"{', '.join(packaged_names())}; give one with --family FILE "
             f"(docs/adding-an-architecture.md), or another with --fact model_type=NAME"
         )
-    return packaged()[model_type]
+    return _packaged_family(model_type)

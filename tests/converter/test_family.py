@@ -27,7 +27,7 @@ from fuseport.converter.checkpoint import file_digest
 from fuseport.converter.choices import TARGETS as NAMES
 from fuseport.converter.cli import app
 from fuseport.converter.errors import FuseportError, OutputError, RecipeError, VerificationError
-from fuseport.converter.hf_family import GROUPS, make_family, packaged
+from fuseport.converter.hf_family import GROUPS, Family, make_family, packaged
 from fuseport.converter.sources.megatron import read_model
 from fuseport.converter.targets.table import TARGETS
 from fuseport.converter.targets.target import Task
@@ -97,7 +97,7 @@ def test_the_documents_commands(tmp_path: Path) -> None:
         ({"like": "llama", "modules": 3}, "modules must be a table"),
         ({"like": "llama", "modules": {"q": 3}}, "neither a name nor a list"),
         ({"like": "llama", "special": 3}, "neither a name nor a list"),
-        ({"like": [1]}, "makes no sense"),
+        ({"like": [1]}, r"is like \[1\]; known: "),
     ],
 )
 def test_tables_that_make_no_sense(table: dict[str, object], match: str) -> None:
@@ -113,17 +113,23 @@ def test_targets_have_a_row_each() -> None:
 
 def test_every_weight_that_is_a_linears_has_a_group() -> None:
     """The weights that engines fuse share one; embeddings, norms and routers have none."""
-    for family in packaged().values():
+    for name, family in packaged().items():
+        assert family.model_type == name
         for part in family.modules:
             never = ("norm", "embedding", "router", "further")
             is_linear = not any(word in part for word in never)
             assert (part in GROUPS) is (is_linear and part != "shared_gate"), part
     mixtral, llama = packaged()["mixtral"], packaged()["llama"]
-    assert {llama.group(part, 3) for part in "qkv"} == {"model.layers.3.self_attn.qkv_proj"}
-    assert llama.group("out", 3) == "model.layers.3.self_attn.o_proj"
-    assert llama.group("output") == "lm_head"
-    assert llama.group("input_norm") == ""
-    assert {mixtral.group(f"expert.{part}", 1, 2) for part in ("gate", "up")} == {
+
+    def groups(family: Family, parts: str, layer: int, expert: int = 0) -> set[str]:
+        names = (family.module(part, layer, expert)[0] for part in parts.split())
+        return {family.group(*pair) for pair in zip(parts.split(), names, strict=True)}
+
+    assert groups(llama, "q k v", 3) == {"model.layers.3.self_attn.qkv_proj"}
+    assert groups(llama, "out", 3) == {"model.layers.3.self_attn.o_proj"}
+    assert groups(llama, "output", 0) == {"lm_head"}
+    assert groups(llama, "input_norm", 0) == {""}
+    assert groups(mixtral, "expert.gate expert.up", 1, 2) == {
         "model.layers.1.block_sparse_moe.experts.2.gate_up_proj"
     }
 
