@@ -40,7 +40,7 @@ FULL = [
     *of_target("llama-3-8b to tp 8", LLAMA_8B, 8, "bf16", "given"),
     *of_target("llama-3-70b rank", DENSE, 1, "bf16", "given", "block"),
     *of_target("qwen3-235b rank", MOE, 1, "bf16", "given", "block"),
-    *of_target("qwen3-235b rank, narrow", NARROW, 1, "given", "block"),
+    *of_target("qwen3-235b rank, narrow", NARROW, 1, "block"),
 ]
 TOYS = [
     *of_target("toy to tp 2", TOY, 2, "bf16", "given"),

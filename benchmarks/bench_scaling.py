@@ -25,7 +25,7 @@ GB = 10**9
 BUCKET = 4 << 30 if ON_GPU else 1 << 18
 # A rank of a dense model; next to no vocabulary, so that layers alone make its size.
 RANK = of_rank(LLAMA_70B if ON_GPU else TOY_PEER, 8).replace(vocab_size=1024)
-WHOLE_SIZES = (1, 2, 4, 8, 16, 32, 48) if ON_GPU else (1e-3,)
+WHOLE_SIZES = (1, 4, 16, 48) if ON_GPU else (1e-3,)
 BUCKET_SIZES = (1, 4, 16, 60) if ON_GPU else (1e-3,)
 WIDTHS = (8192, 4096, 2048, 1024) if ON_GPU else (128, 64)
 TPS = (1, 2, 4, 8) if ON_GPU else (1, 2)

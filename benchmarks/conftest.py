@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -30,7 +30,8 @@ def give_back() -> None:
 class Bench:
     """One session: the device, the copy's rate and the rows by suite."""
 
-    def __init__(self) -> None:
+    def __init__(self, directory: Path | None) -> None:
+        self.directory = directory
         self.device = default_device()
         self.rate = 0.0
         self.rows: dict[str, list[Row]] = {}
@@ -53,9 +54,16 @@ class Bench:
         return found[0] if found else None
 
     def add(self, suite: str, row: Row) -> None:
-        """Keep a row and show it."""
+        """Keep a row, show it, and record all: a run that is cut short has not been for nothing."""
         self.rows.setdefault(suite, []).append(row)
         print(f"\n{row.line()}", end=" ", flush=True)
+        self.record([])
+
+    def record(self, failed: Sequence[str]) -> None:
+        """Write the rows, and the names of the tests that failed, to the card's file."""
+        if self.directory is not None and self.rows:
+            command = os.environ.get("FUSEPORT_BENCH_COMMAND", "python -m pytest benchmarks")
+            save(self.directory, self.rows, command, failed)
 
 
 class Timed:
@@ -81,7 +89,8 @@ class Timed:
             case, scheme, way, nbytes, times.median, times.iqr, len(times.data),
             nbytes / times.median / self.bench.rate,
             # Last: a profiler may leave launches slower than they were.
-            launches(run), extra, times.median / own if own else None, dict(details),
+            launches(run), extra, times.median / own if own else None, self.bench.rate,
+            dict(details),
         )  # fmt: skip
         self.bench.add(self.suite, row)
         return row
@@ -95,7 +104,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     """One session's rows."""
-    config.stash[RESULTS] = Bench()
+    config.stash[RESULTS] = Bench(config.getoption("--results"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -125,15 +134,11 @@ def timed(benchmark: BenchmarkFixture, bench: Bench, request: pytest.FixtureRequ
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """Write what was measured."""
-    made = session.config.stash[RESULTS]
-    directory = session.config.getoption("--results")
-    if directory is not None and made.rows:
-        reporter = session.config.pluginmanager.get_plugin("terminalreporter")
-        reports = [] if reporter is None else reporter.stats.get("failed", [])
-        failed = [report.nodeid for report in reports]
-        command = os.environ.get("FUSEPORT_BENCH_COMMAND", "python -m pytest benchmarks")
-        print(f"\nwrote {save(directory, made.rows, command, failed)}")
+    """Record what failed, too: a check of a work fails before its tests begin."""
+    reporter = session.config.pluginmanager.get_plugin("terminalreporter")
+    stats = {} if reporter is None else reporter.stats
+    reports = [*stats.get("failed", ()), *stats.get("error", ())]
+    session.config.stash[RESULTS].record([report.nodeid for report in reports])
 
 
 @pytest.fixture(autouse=True)

@@ -31,7 +31,8 @@ class Row:
 
     `share` is the part of the copy's rate, measured in the same run, at which `nbytes` moved.
     `spread` is the distance between the quartiles; times are in seconds. `ratio` says how many
-    times as long as fuseport's own way on the same tensors this took. What is not known is None.
+    times as long as fuseport's own way on the same tensors this took; `copy` is the copy's rate in
+    bytes per second, read and written ones counted. What is not known is None.
     """
 
     case: str
@@ -45,6 +46,7 @@ class Row:
     launches: int | None = None
     extra_bytes: int | None = None
     ratio: float | None = None
+    copy: float | None = None
     details: Mapping[str, float] = field(default_factory=dict)
 
     def line(self) -> str:
