@@ -10,7 +10,7 @@ import torch
 from fuseport.kernels.move import Move
 from fuseport.kernels.quant import Scheme
 
-from .backend import Copy
+from .backend import Copy, Reduce
 from .slices import View
 
 ALIGNMENT = 256
@@ -51,10 +51,10 @@ class Batch:
         self._moves = [feed.move(live) for feed in feeds]
         self._copy = make(self._moves) if feeds else None
 
-    def run(self) -> None:
-        """Launch every kind once."""
+    def run(self, reduce: Reduce | None = None) -> None:
+        """Launch every kind once; `reduce` merges amaxes, if there are any."""
         if self._copy is not None:
-            self._copy.run()
+            self._copy.run(reduce=reduce)
 
     def follow(self, moved: set[str], live: Mapping[str, torch.Tensor]) -> bool:
         """Go after parameters that have moved; False if a captured graph is no longer good."""

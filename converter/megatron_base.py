@@ -10,12 +10,13 @@ import torch
 from fuseport.kernels.move import GivenScale, Move
 
 from .backend import choose
+from .choices import FROM_SOURCE
 from .claims import PartialClaims
 from .errors import RecipeError
 from .layout import leaves
 from .megatron_names import is_nemotron_nas
 from .model import ModelSpec
-from .recipe import DTYPES, FROM_SOURCE, Recipe
+from .recipe import DTYPES, Recipe
 from .sources.megatron import read_model
 from .state import zero_row
 from .targets.parts import TargetTensor

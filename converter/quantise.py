@@ -202,8 +202,8 @@ class _Weights:
         except ValueError as error:
             raise RecipeError(f"{target.name}: {error}; exclude it with --exclude") from error
         yield Planned(target.rank, target.name, codes, moves, target.group)
-        for kind, each in zip(kinds, scales, strict=True):
-            yield Planned(target.rank, f"{module}.{kind.suffix}", each, (), target.group)
+        for kind, tensor in zip(kinds, scales, strict=True):
+            yield Planned(target.rank, f"{module}.{kind.suffix}", tensor, (), target.group)
 
     def _amax(self, group: str, expert: int) -> torch.Tensor:
         key = group, expert

@@ -15,13 +15,22 @@ from dataclasses import dataclass
 import torch
 
 from fuseport.kernels.move import Move
-from fuseport.kernels.quant import NvScale, Regional, TensorScale
+from fuseport.kernels.quant import (
+    BlockScale,
+    MxScale,
+    NvScale,
+    Regional,
+    RowScale,
+    TensorScale,
+)
 from fuseport.kernels.reference import fused_copy_ref
 
 from .errors import RecipeError
 from .limits import BASE, Limits
 from .plan import Planned, extent, storage_key
 from .sources.stored import Stored
+
+ByRegions = RowScale | BlockScale | MxScale | NvScale
 
 # Elements of a piece where the bound allows them, and the most bytes that one of them takes:
 # what is read around it, fp32 values, indices and codes.
@@ -213,7 +222,7 @@ def _leading(view: torch.Tensor, lead: int, begin: int, end: int) -> Iterator[to
         yield from _leading(view[index], lead - 1, low, high)
 
 
-def _on_host(quant: Regional, scales: torch.Tensor) -> Regional:
+def _on_host(quant: ByRegions, scales: torch.Tensor) -> ByRegions:
     """A matrix's scheme for some of its rows, which become a matrix of their own."""
     real = {"dequant_scale": scales, "first_row": 0}
     if isinstance(quant, NvScale):

@@ -28,6 +28,7 @@ from .model import ModelSpec
 from .passes import Here, Pass, first_sources, workspace_bytes
 from .plan import storage_key
 from .recipe import Recipe
+from .refit_amax import shared_amaxes
 from .refit_plan import plan_refit
 from .shards import Place
 from .transfers import Wanted, traffic
@@ -88,10 +89,11 @@ class Refit:
         self._everything: tuple[Pass, list[Tensors]] | None = None
         self._replay: Callable[[], None] | None = None
         self._buckets: dict[int, list[tuple[Pass, Bucket]]] = {}
-        if graph and (device.type != "cuda" or any(map(any, self.traffic))):
+        shares = group is not None and bool(shared_amaxes(self._plan.tensors))
+        if graph and (device.type != "cuda" or shares or any(map(any, self.traffic))):
             raise RecipeError(
-                "graph=True needs parameters on a GPU, and slices that other processes hold "
-                "cannot be part of a graph; leave it out"
+                "graph=True needs parameters on a GPU, and slices that other processes hold, or "
+                "scales that are found with them, cannot be part of a graph; leave it out"
             )
 
     @property

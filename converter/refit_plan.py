@@ -18,6 +18,7 @@ from .model import ModelSpec
 from .plan import Planned, on_meta, storage_key
 from .quantise import build
 from .recipe import Recipe
+from .refit_amax import check_filled
 from .scales import ScaleTable
 from .shards import Held, Place, everywhere, kinds_of, whole_names, whole_tensors
 from .sources.megatron import read_model, without_further
@@ -96,8 +97,10 @@ def plan_refit(
     sources = {storage_key(meta[name]): (name, whole) for name, whole in wholes.items()}
     for key, name in constants.names.items():
         sources[key] = name, everywhere(constants.values[name], len(offers))
+    targets = tuple(wanted(planned, sources, filled))
+    check_filled(targets, filled)
     return RefitPlan(
-        tuple(wanted(planned, sources, filled)), whole_names(offer.held, spec), filled[process],
+        targets, whole_names(offer.held, spec), filled[process],
         constants.values, process, len(offers),
     )  # fmt: skip
 

@@ -17,7 +17,7 @@ from fuseport.kernels.quant import NvScale, TensorScale
 from .backend import Reduce
 from .errors import RecipeError
 from .parallel import Parallel
-from .plan import Planned
+from .plan import Planned, storage_key
 
 
 def reducer(plan: Sequence[Planned], place: Parallel) -> Reduce | None:
@@ -43,33 +43,51 @@ def reducer(plan: Sequence[Planned], place: Parallel) -> Reduce | None:
         )
 
     def reduce(amaxes: tuple[torch.Tensor, ...]) -> None:
-        own = [slots[amax.data_ptr()] for amax in amaxes]
+        own = [slots[storage_key(amax)] for amax in amaxes]
         index = torch.tensor(own, device=amaxes[0].device)
-        every = amaxes[0].new_zeros(size).index_copy_(0, index, torch.cat(amaxes))
-        dist.all_reduce(every, dist.ReduceOp.MAX, group=place.tp_group)
-        for amax, most in zip(amaxes, every[index].split(1), strict=True):
-            amax.copy_(most)
+        take_maxima(amaxes, index, amaxes[0].new_zeros(size), place.tp_group)
 
     return reduce
 
 
+def take_maxima(
+    amaxes: Sequence[torch.Tensor],
+    index: torch.Tensor,
+    vector: torch.Tensor,
+    group: dist.ProcessGroup | None,
+) -> None:
+    """Set each amax to the largest of all processes'. Collective over the group.
+
+    Args:
+        amaxes: fp32 [1] each, of this process.
+        index: int64 [amaxes], their places in the vector.
+        vector: fp32 zeros, of one length on all processes.
+        group: the processes.
+    """
+    if amaxes:
+        vector.index_copy_(0, index, torch.cat(list(amaxes)))
+    dist.all_reduce(vector, dist.ReduceOp.MAX, group=group)
+    for amax, most in zip(amaxes, vector[index].split(1), strict=False):
+        amax.copy_(most)
+
+
 def _slots(plan: Sequence[Planned], place: Parallel) -> tuple[dict[int, int], int]:
-    """Address of an amax → its place in the vector that all ranks make, and the vector's length."""
+    """Storage of an amax → its place in the vector that all ranks make, and the vector's length."""
     slots: dict[int, int] = {}
     size = 0
     # Ranks run expert-parallel fastest.
     ep_rank = place.tp_rank % place.ep_size
     for planned in plan:
-        new = [one for one in _amaxes(planned) if one not in slots]
+        new = [one for one in amaxes_of(planned) if one not in slots]
         of_experts = planned.dst.ndim == 3
         first = size + ep_rank * len(new) * of_experts
-        slots |= {address: first + number for number, address in enumerate(new)}
+        slots |= {key: first + number for number, key in enumerate(new)}
         size += len(new) * (place.ep_size if of_experts else 1)
     return slots, size
 
 
-def _amaxes(planned: Planned) -> list[int]:
-    """The addresses of a tensor's amaxes, each once: one, or one for each expert."""
+def amaxes_of(planned: Planned) -> list[int]:
+    """The storages of a tensor's amaxes, each once: of one, or of one for each expert."""
     quants = [move.quant for move in planned.moves]
     found = [one.amax for one in quants if isinstance(one, (TensorScale, NvScale))]
-    return list(dict.fromkeys(amax.data_ptr() for amax in found))
+    return list(dict.fromkeys(map(storage_key, found)))

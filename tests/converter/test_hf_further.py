@@ -21,6 +21,7 @@ from fuseport.converter import (
     verify_checkpoint,
 )
 from fuseport.converter.errors import MissingTensorError, UnknownTensorError, UnsupportedOptionError
+from fuseport.converter.refit import Refit
 
 Runs = Callable[..., Run]
 State = dict[str, torch.Tensor]
@@ -47,7 +48,12 @@ SAME = {
 
 
 def weights(run: Run) -> State:
-    return {name: one for name, one in run.state().items() if isinstance(one, torch.Tensor)}
+    """By the names of Megatron-Core up to 0.16, and of all checkpoints in torch_dist."""
+    return {
+        name.replace("mtp_model_layer", "transformer_layer"): one
+        for name, one in run.state().items()
+        if isinstance(one, torch.Tensor)
+    }
 
 
 def coded(state: State) -> State:
@@ -106,7 +112,16 @@ def test_checkpoints_keep_them(layout: str, megatron_run: Runs, tmp_path: Path) 
     assert json.loads((out / "config.json").read_text())["num_nextn_predict_layers"] == 2
 
 
-@pytest.mark.parametrize("layout", CASE.layouts)
+def test_a_refit_has_them_too(megatron_run: Runs) -> None:
+    state = coded(weights(megatron_run(NAME)))
+    (found,) = Refit(state, spec(), KEEP).run()
+    check(found, state)
+    (dropped,) = Refit(state, spec(), Recipe(target="hf", dtype="float32")).run()
+    extra = ("model.layers.3.", "model.layers.4.")
+    assert dropped.keys() == {name for name in found if not name.startswith(extra)}
+
+
+@pytest.mark.parametrize("layout", ["per_layer", "legacy"])
 def test_checkpoints_drop_them_by_name(layout: str, megatron_run: Runs, tmp_path: Path) -> None:
     pytest.importorskip("transformers")
     from fuseport_testing.hf_models import load

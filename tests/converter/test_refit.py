@@ -129,7 +129,7 @@ def test_work_begins_before_all_parameters_are_looked_at(
     source = Seen(state(DENSE), log)
     refit = Refit(source, spec(DENSE), Recipe(target="hf", quant=quant))
     refit.run()
-    monkeypatch.setattr(ReferenceCopy, "run", lambda self: log.append("launch"))
+    monkeypatch.setattr(ReferenceCopy, "run", lambda self, reduce: log.append("launch"))
     log.clear()
     refit.run()
     launches = [place for place, name in enumerate(log) if name == "launch"]
@@ -238,6 +238,8 @@ def test_what_cannot_be_is_refused() -> None:
     assert tensor.numel()
     with pytest.raises(RecipeError, match="there are 2"):
         Refit(source, facts, Recipe(tp_size=2), wants=[2])
+    with pytest.raises(RecipeError, match=r"ranks \[0, 1\] share scales .* fills rank 0"):
+        Refit(source, facts, Recipe(tp_size=2, quant="fp8", scales=INPUTS), wants=[1])
     with pytest.raises(RecipeError, match="Transformer Engine changes its scales"):
         Refit(source, facts, Recipe(target="hf", quant="fp8", scales="source"))
     with pytest.raises(ScaleError, match="no module"):

@@ -21,4 +21,4 @@ def test_every_way_of_splitting_gives_the_whole_model_s_bits() -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     lines = done.stdout.splitlines()
     assert lines[0] == "same tp: 0 bytes"
-    assert len(lines) == 19
+    assert len(lines) == 23

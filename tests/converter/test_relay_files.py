@@ -118,21 +118,18 @@ def save(path: Path, state: State, tp: int = 1, form: str = "method", **facts: A
     return path
 
 
-def load(out: Path) -> dict[str, torch.Tensor]:
-    files = [load_file(file) for file in sorted(out.glob("*.safetensors"))]
-    return {name: tensor for file in files for name, tensor in file.items()}
-
-
 def assert_as_in_memory(out: Path, state: State, recipe: Recipe) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FuseportWarning)
-        (expected,) = convert_state_dict(state, SPEC, recipe)
-    found = load(out)
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
-        one, other = (t.reshape(-1).view(torch.uint8) for t in (found[name], tensor))
-        assert torch.equal(one, other), name
+        ranks = convert_state_dict(state, SPEC, recipe)
+    files = sorted(out.glob("*.safetensors"))
+    for file, expected in zip(files, ranks, strict=True):
+        found = load_file(file)
+        assert found.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert (found[name].dtype, found[name].shape) == (tensor.dtype, tensor.shape), name
+            one, other = (t.reshape(-1).view(torch.uint8) for t in (found[name], tensor))
+            assert torch.equal(one, other), name
 
 
 @pytest.mark.parametrize("form", ["method", "function"])
@@ -143,6 +140,16 @@ def test_codes_and_scales_of_a_checkpoint_are_taken_as_they_are(
     state = whole_state(scheme)
     source = save(tmp_path / "source", state, tp, form)
     recipe = Recipe(target="hf", quant=QUANTS[scheme])
+    report = convert_checkpoint(source, tmp_path / "out", recipe)
+    assert report.codes == {"kept": 4, "dequantised": 0}
+    verify_checkpoint(tmp_path / "out", source)
+    assert_as_in_memory(tmp_path / "out", state, recipe)
+
+
+def test_the_unified_checkpoint_takes_them_too(tmp_path: Path) -> None:
+    state = whole_state("tensor")
+    source = save(tmp_path / "source", state, 2)
+    recipe = Recipe(tp_size=2, quant="fp8", scales={"*": {"input": 1.0}})
     report = convert_checkpoint(source, tmp_path / "out", recipe)
     assert report.codes == {"kept": 4, "dequantised": 0}
     verify_checkpoint(tmp_path / "out", source)

@@ -151,7 +151,7 @@ def test_all_codes_against_many_scales(source: torch.dtype, native: bool) -> Non
         check(src, dtype, native=native)
     scales = [2.0**e * f for e in range(-8, 8) for f in (1.0, 1.21, 1.37, 1.91)]
     assert len(scales) == 64
-    for scale in scales if DEVICE == "cuda" else scales[::7]:
+    for scale in scales if DEVICE == "cuda" else scales[::9]:
         check(src, E4M3, quant=GivenScale(scale), native=native)
     check(src, E4M3, native=native)
 
