@@ -43,15 +43,20 @@ def titles(html: str) -> list[str]:
     return re.findall(r"<h2[^>]*>(.*?)</h2>", html)
 
 
-def shrink(image: Path, out: Path, sections: list[str]) -> None:
-    """Cut the blank end off, and keep 128 colours."""
+def cut(image: Path) -> Image.Image:
+    """A screenshot without the blank end of the page."""
     picture = Image.open(image).convert("RGB")
     blank = Image.new("RGB", picture.size, "white")
     box = ImageChops.difference(picture, blank).getbbox()
     assert box is not None
-    small = picture.crop((0, 0, picture.width, box[3] + 20)).quantize(128, dither=Image.Dither.NONE)
+    return picture.crop((0, 0, picture.width, box[3] + 20))
+
+
+def shrink(picture: Image.Image, out: Path, sections: list[str]) -> None:
+    """Keep 128 colours, and the titles of the sections."""
     words = PngImagePlugin.PngInfo()
     words.add_text(KEY, "\n".join(sections))
+    small = picture.quantize(128, dither=Image.Dither.NONE)
     small.save(out, optimize=True, pnginfo=words)
 
 
@@ -65,7 +70,7 @@ def main() -> None:
         shot = Path(name) / "shot.png"
         screenshot(page, shot, width=WIDTH, height=HEIGHT, browser=browser)
         IMAGE.parent.mkdir(exist_ok=True)
-        shrink(shot, IMAGE, titles(page.read_text()))
+        shrink(cut(shot), IMAGE, titles(page.read_text()))
     print(f"{IMAGE}: {IMAGE.stat().st_size} bytes")
 
 
