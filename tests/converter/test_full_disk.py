@@ -63,6 +63,12 @@ def test_a_disk_that_fills_up(
     assert os.listdir(disk) == []
 
 
+def test_a_disk_that_cannot_be_written(disk: Path, source: Path) -> None:
+    subprocess.run(["mount", "-o", "remount,ro", str(disk)], check=True)
+    with pytest.raises(OutputError, match="Read-only file system"):
+        convert_checkpoint(source, disk / "out", RECIPE)
+
+
 def test_a_resumed_run_ends_well_once_there_is_space(
     disk: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
