@@ -29,6 +29,7 @@ from .report import Report
 from .sources.checksums import Checking, summed
 from .sources.megatron import read_model, without_further
 from .sources.source import Source
+from .sources.stored import close_files
 from .state import check_complete, given_in_memory, read_stored, weights, zero_row
 from .stored_codes import tally
 from .targets.table import TARGETS
@@ -182,6 +183,8 @@ def carry_out(plan: CheckpointPlan, out: Path, job: Job) -> Report:
         if (cause := job.group.fail(error)) is not None:
             raise cause from error
         raise
+    finally:
+        close_files()
     codes, losses = tally(plan.stored), losses_of(results)
     return Report(out, plan.nbytes, len(plan.tensors), codes=codes, **losses.summary())
 

@@ -15,14 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from fuseport.kernels.move import Move
-from fuseport.kernels.quant import (
-    BlockScale,
-    MxScale,
-    NvScale,
-    Regional,
-    RowScale,
-    TensorScale,
-)
+from fuseport.kernels.quant import BlockScale, MxScale, NvScale, Regional, RowScale, TensorScale
 from fuseport.kernels.reference import fused_copy_ref
 
 from .errors import RecipeError
@@ -30,13 +23,12 @@ from .limits import BASE, Limits
 from .plan import Planned, extent, storage_key
 from .sources.stored import Stored
 
-ByRegions = RowScale | BlockScale | MxScale | NvScale
-
 # Elements of a piece where the bound allows them, and the most bytes that one of them takes:
 # what is read around it, fp32 values, indices and codes.
 _PIECE, _TAKES = 4 << 20, 64
 
 Grouped = TensorScale | NvScale
+Matrix = RowScale | BlockScale | MxScale | NvScale
 
 
 @dataclass(frozen=True)
@@ -105,7 +97,7 @@ class Rederive:
     def _matrix(self, planned: Planned, moves: list[Move]) -> Iterator[Piece]:
         """By its rows, as many at a time as fill whole regions."""
         quant = moves[0].quant
-        assert isinstance(quant, Regional)
+        assert isinstance(quant, Matrix)
         columns, height = quant.columns, quant.region[0]
         width = columns // 2 if isinstance(quant, NvScale) else columns
         start = int(moves[0].dst.storage_offset()) - quant.first_row * width
@@ -222,7 +214,7 @@ def _leading(view: torch.Tensor, lead: int, begin: int, end: int) -> Iterator[to
         yield from _leading(view[index], lead - 1, low, high)
 
 
-def _on_host(quant: ByRegions, scales: torch.Tensor) -> ByRegions:
+def _on_host(quant: Matrix, scales: torch.Tensor) -> Matrix:
     """A matrix's scheme for some of its rows, which become a matrix of their own."""
     real = {"dequant_scale": scales, "first_row": 0}
     if isinstance(quant, NvScale):

@@ -37,7 +37,7 @@ from .plan import Planned, storage_key
 from .read_manifest import SETTINGS, expect, read_manifest, sane, target_of
 from .recipe import Recipe
 from .rederive import Piece, Rederive, read_view
-from .sources.stored import FileRange, Stored
+from .sources.stored import FileRange, Stored, close_files
 from .sources.stored import Piece as Box
 
 Progress = Callable[[int], None]
@@ -94,7 +94,11 @@ def verify_checkpoint(
         plan = _plan_again(source, manifest)
         for name, values in plan.settings().items():
             _same_settings(out / name, values)
-        _compare(out, plan, limits or Limits(), progress)
+        try:
+            _compare(out, plan, limits or Limits(), progress)
+        finally:
+            # The result may be moved, or its file system be taken away.
+            close_files()
         accounting = account(plan)
     nbytes = sum(entry["bytes"] for entry in manifest["files"].values())
     return Verification(len(manifest["files"]), tensors, nbytes, accounting)

@@ -53,11 +53,18 @@ class _Open:
         self.digests: dict[str, xxhash.xxh3_128] = {}
         self.result = FileResult(image.nbytes)
         try:
-            os.posix_fallocate(self.handle, 0, image.nbytes)
+            self._reserve()
+        except BaseException:
+            os.close(self.handle)
+            raise
+
+    def _reserve(self) -> None:
+        try:
+            os.posix_fallocate(self.handle, 0, self.image.nbytes)
         except OSError as error:
             if error.errno not in _NO_PREALLOCATION:
                 raise
-            os.ftruncate(self.handle, image.nbytes)
+            os.ftruncate(self.handle, self.image.nbytes)
 
     def update(self, run: Run, data: torch.Tensor) -> None:
         state = self.digests.setdefault(run.planned.name, xxhash.xxh3_128())

@@ -11,11 +11,14 @@ import json
 import os
 import pickle
 import resource
+import subprocess
+import sys
 import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+import fuseport_testing
 import pytest
 import torch
 from fuseport_testing.hf_tiny import write_hf_tiny
@@ -215,6 +218,19 @@ def test_files_of_torch_dist(name: str, data: st.DataObject, torch_dist: Path) -
         unharmed(lambda: plan_checkpoint(torch_dist, Recipe()))
     finally:
         file.write_bytes(good)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parser", ["pickle", "saved", "zip", "safetensors", "extra_state"])
+def test_guided_by_coverage(parser: str) -> None:
+    """Where atheris is installed."""
+    pytest.importorskip("atheris")
+    command = [sys.executable, "-W", "ignore", "-m", "fuseport_testing.coverage_fuzz", parser]
+    limits = [f"-runs={20 * EXAMPLES}", f"-timeout={SECONDS:.0f}", "-rss_limit_mb=1024"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(fuseport_testing.__path__[0]).parent)}
+    done = subprocess.run([*command, *limits], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "Done" in done.stderr
 
 
 def test_a_bomb_of_a_zip_is_not_unpacked() -> None:
