@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from fuseport.kernels.move import Move
+from fuseport.kernels.move import GivenScale, Move
 
 from .layout import Shape, pairs, shape_of
 from .targets.parts import TargetTensor
@@ -54,9 +54,16 @@ def build(targets: Iterable[TargetTensor], allocate: Allocate) -> list[Planned]:
 
 def plain(target: TargetTensor, allocate: Allocate) -> Planned:
     """A tensor that is filled by its own moves alone."""
-    dst = allocate(shape_of(target.layout), dtype=target.dtype)
-    moves = tuple(Move(d, s, target.shift, target.quant) for d, s in pairs(dst, target.layout))
-    unquantised = "" if target.quant else target.module
+    return filled(target, target.dtype, target.quant, allocate)
+
+
+def filled(
+    target: TargetTensor, dtype: torch.dtype, quant: GivenScale | None, allocate: Allocate
+) -> Planned:
+    """`plain` with another dtype and scheme."""
+    dst = allocate(shape_of(target.layout), dtype=dtype)
+    moves = tuple([Move(d, s, target.shift, quant) for d, s in pairs(dst, target.layout)])
+    unquantised = "" if quant else target.module
     return Planned(target.rank, target.name, dst, moves, unquantised=unquantised)
 
 

@@ -20,7 +20,7 @@ from .errors import RecipeError, ScaleError
 from .formats import Format, Place, format_of
 from .given import Given, GroupScales, cache_scales, group_scales
 from .layout import pairs, shape_of
-from .plan import Allocate, Planned, on_meta, plain
+from .plan import Allocate, Planned, filled, on_meta, plain
 from .recipe import Recipe
 from .stored_codes import Codes, Kept, same_scheme
 from .targets.parts import TargetTensor
@@ -142,7 +142,7 @@ class _Weights:
     ) -> Iterator[Planned]:
         """Codes and scales as the source has them."""
         _check_not_given(target, scales)
-        yield plain(replace(target, dtype=self.chosen.codes), self.allocate)
+        yield filled(target, self.chosen.codes, target.quant, self.allocate)
         kind = self.chosen.scale
         *experts, rows, columns = shape_of(target.layout)
         dst = self.allocate((*experts, *kind.shape(rows, columns)), dtype=kind.dtype)
@@ -165,7 +165,7 @@ class _Weights:
     def _with_given(
         self, target: TargetTensor, module: str, scales: GroupScales
     ) -> Iterator[Planned]:
-        yield plain(replace(target, dtype=self.chosen.codes, quant=scales.scheme), self.allocate)
+        yield filled(target, self.chosen.codes, scales.scheme, self.allocate)
         *experts, rows, columns = shape_of(target.layout)
         name = f"{module}.{self.chosen.scale.suffix}"
         shape = (*experts, *self.chosen.scale.shape(rows, columns))

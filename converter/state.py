@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Mapping
 
@@ -107,7 +108,12 @@ def plan_memory(
 def given_in_memory(task: Task, device: torch.device, states: Mapping[str, object]) -> Given:
     """The scales that a conversion of tensors on `device` is given, by file or by `states`."""
     table = scale_table(task.recipe, lambda: te_table(task, lambda: (states,)))
-    return Given(lambda value: torch.full((1,), value, device=device), table)
+
+    @functools.cache
+    def constant(value: float) -> torch.Tensor:
+        return torch.full((1,), value, device=device)
+
+    return Given(constant, table)
 
 
 def read_stored(state_dict: Mapping[str, object]) -> dict[str, StoredFp8]:

@@ -20,6 +20,10 @@ class CacheScale:
     shape: tuple[int, ...]
     kinds: tuple[str, ...]
 
+    def within(self, prefix: str) -> CacheScale:
+        """The same with something before its name."""
+        return CacheScale(prefix + self.name, self.shape, self.kinds)
+
 
 @dataclass(frozen=True)
 class TargetTensor:
@@ -85,6 +89,8 @@ class Shard:
 
     def along(self, tensor: torch.Tensor, axis: int) -> torch.Tensor:
         """This shard's equal share of an axis."""
+        if self.size == 1:
+            return tensor
         length = tensor.shape[axis] // self.size
         return tensor.narrow(axis, self.rank * length, length)
 

@@ -14,7 +14,6 @@ model classes for the row orders:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from functools import partial
 
 import torch
@@ -79,7 +78,7 @@ class TrtllmRules:
         group, linear = "", ""
         if part.group:
             group, linear = unit.whole_prefix + part.group, unit.whole_prefix + module
-        cache = part.cache and replace(part.cache, name=unit.prefix + part.cache.name)
+        cache = part.cache and part.cache.within(unit.prefix)
         return TargetTensor(
             rank, name, part.layout, dtype, part.shift, quant, part.replicated, group, linear,
             part.first_expert, unit.layer, cache,
