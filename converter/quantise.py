@@ -33,28 +33,63 @@ def build(
     given: Given,
     kept: Kept = MappingProxyType({}),
 ) -> Iterator[Planned]:
-    """Every target tensor with its moves; after a quantised weight, its scales.
+    """Every target tensor, as `Builder` plans it.
+
+    Raises:
+        RecipeError, ScaleError: as `builder`; or a weight's rows do not fit the scheme.
+    """
+    make = builder(targets, recipe, allocate, given, kept)
+    for target in targets:
+        yield from make.plan(target)
+
+
+def builder(
+    targets: Sequence[TargetTensor],
+    recipe: Recipe,
+    allocate: Allocate,
+    given: Given,
+    kept: Kept = MappingProxyType({}),
+) -> Builder:
+    """What plans any of `targets`.
 
     A scale that several weights share, on all ranks, is found over all of them. Weights of the
     source that are quantised in the same way (`kept`) go over as they are.
 
     Raises:
-        RecipeError: the target cannot hold the scheme, a weight's rows do not fit it, or a
-            pattern of `recipe.exclude` matches nothing; or there is no cache of keys and values.
+        RecipeError: the target cannot hold the scheme, or a pattern of `recipe.exclude` matches
+            nothing; or there is no cache of keys and values.
         ScaleError: a scale that is needed was not given.
     """
     chosen = format_of(recipe)
     scales = group_scales(to_quantise(targets, recipe), chosen, given) if chosen else {}
     weights = _Weights(chosen, recipe.quant, allocate, given, scales, kept) if chosen else None
     caches = cache_scales(targets, given) if recipe.kv_cache == "fp8" else {}
-    for target in targets:
+    return Builder(weights, caches, allocate, given)
+
+
+@dataclass(frozen=True)
+class Builder:
+    """Plans target tensors one by one, by what had to be found out about all of them."""
+
+    weights: _Weights | None
+    caches: Mapping[str, float]
+    allocate: Allocate
+    given: Given
+
+    def plan(self, target: TargetTensor) -> Iterator[Planned]:
+        """A tensor with its moves; after a quantised weight, its scales.
+
+        Raises:
+            RecipeError: a weight's rows do not fit the scheme.
+        """
+        weights = self.weights
         if weights is not None and target.quant is None and target.group in weights.scales:
             yield from weights.quantised(target)
         else:
-            yield plain(target, allocate)
-        if target.cache is not None and target.module in caches:
-            name, shape = target.cache.name, target.cache.shape
-            yield given.tensor(target, name, shape, caches[target.module], allocate)
+            yield plain(target, self.allocate)
+        if target.cache is not None and target.module in self.caches:
+            name, shape, scale = target.cache.name, target.cache.shape, self.caches[target.module]
+            yield self.given.tensor(target, name, shape, scale, self.allocate)
 
 
 def to_quantise(targets: Sequence[TargetTensor], recipe: Recipe) -> list[TargetTensor]:

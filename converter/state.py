@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import functools
+import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 
@@ -15,17 +16,22 @@ from .backend import choose
 from .claims import Claims, StoredClaims, check_dtype
 from .errors import FuseportWarning, MissingTensorError
 from .given import Given, scale_table
+from .layout import shape_of
 from .logical import Model
 from .megatron_names import unwrapped
 from .model import ModelSpec
 from .plan import Allocate, Planned, moves_of, storage_key
-from .quantise import build, to_quantise
+from .quantise import Builder, builder, to_quantise
 from .recipe import Recipe
 from .relay import SAME, relay, sources_of
 from .sources.megatron import read_model, without_further
 from .sources.stored_fp8 import StoredFp8, dequantise, is_stored_fp8, read_stored_fp8
+from .targets.parts import TargetTensor
 from .targets.table import TARGETS, te_table
 from .targets.target import Task
+
+# Elements of which the launch takes longer than the planning of as many.
+PART = 1 << 31
 
 
 @collector.paused()
@@ -41,7 +47,7 @@ def convert_state_dict(
 
     Args:
         state_dict: Megatron-Core's `model.state_dict()`; left as it is. On a GPU everything
-            stays there, and all ranks' tensors are filled in one launch per kind.
+            stays there, and all ranks' tensors are filled in a few launches.
         spec: the model's facts.
         recipe: the target's parallel sizes and dtype, and whether layers that predict further
             tokens, of which `spec` says how many there are, are kept.
@@ -69,11 +75,15 @@ def convert_state_dict(
         relaid, others = _relay(tensors, found, spec, recipe)
         tensors |= {name: dequantise(found[name]) for name in others}
         model = read_model(tensors, spec, StoredClaims)
-    plan = plan_memory(tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid)
-    run_plan(plan, backend)
+    targets, make = _prepare(tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid)
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(recipe.world_size)]
-    for planned in plan:
-        ranks[planned.rank][planned.name] = planned.dst
+    for part in whole_layers(targets, PART):
+        plan = [planned for target in part for planned in make.plan(target)]
+        # A GPU fills this part while the next one is planned.
+        run_plan(plan, backend)
+        for planned in plan:
+            ranks[planned.rank][planned.name] = planned.dst
+    _finish(make.given, recipe)
     return ranks
 
 
@@ -93,16 +103,50 @@ def plan_memory(
     `states` are a state dict's `_extra_state` entries, among others, for `recipe.scales`;
     `relaid` are the scales of weights that are fp8 already, by rank and name.
     """
+    targets, make = _prepare(tensors, model, spec, recipe, scales, allocate, states, relaid)
+    plan = [planned for target in targets for planned in make.plan(target)]
+    _finish(make.given, recipe)
+    return plan
+
+
+def _prepare(
+    tensors: Mapping[str, torch.Tensor],
+    model: Model,
+    spec: ModelSpec,
+    recipe: Recipe,
+    scales: Mapping[str, GivenScale] | None,
+    allocate: Allocate | None = None,
+    states: Mapping[str, object] | None = None,
+    relaid: Mapping[tuple[int, str], torch.Tensor] | None = None,
+) -> tuple[list[TargetTensor], Builder]:
+    """What is to be made, and what plans it; see `plan_memory`."""
     example = next(iter(tensors.values()))
     task = Task(model, spec, recipe, zero_row(model, spec, example.device), scales)
     targets = list(TARGETS[recipe.target].rules(task))
     given = given_in_memory(task, example.device, states or {})
     given.relaid = relaid or {}
-    plan = list(build(targets, recipe, allocate or example.new_empty, given))
+    return targets, builder(targets, recipe, allocate or example.new_empty, given)
+
+
+def _finish(given: Given, recipe: Recipe) -> None:
+    """Raise ScaleError if a given scale was not used, and hand notes on as warnings."""
     given.check_used(recipe)
     for note in given.notes:
-        warnings.warn(note, FuseportWarning, stacklevel=3)
-    return plan
+        warnings.warn(note, FuseportWarning, stacklevel=4)
+
+
+def whole_layers(targets: Sequence[TargetTensor], limit: int) -> Iterator[list[TargetTensor]]:
+    """Runs of whole layers, each of `limit` elements or a layer more: scales are shared within."""
+    part: list[TargetTensor] = []
+    elements = 0
+    for target in targets:
+        if elements >= limit and target.layer != part[-1].layer:
+            yield part
+            part, elements = [], 0
+        part.append(target)
+        elements += math.prod(shape_of(target.layout))
+    if part:
+        yield part
 
 
 def given_in_memory(task: Task, device: torch.device, states: Mapping[str, object]) -> Given:

@@ -50,10 +50,10 @@ class Move:
     quant: Scheme | None = None
 
     def __post_init__(self) -> None:
-        expected = list(self.src.shape)
+        expected: tuple[int, ...] = self.src.shape
         if isinstance(self.quant, NvScale) and expected:
-            expected[-1] //= 2
-        if list(self.dst.shape) != expected:
+            expected = (*expected[:-1], expected[-1] // 2)
+        if self.dst.shape != expected:
             raise ValueError(
                 f"a move needs views of one shape (two codes a byte count as two): "
                 f"dst {tuple(self.dst.shape)}, src {tuple(self.src.shape)}"

@@ -259,11 +259,17 @@ def _launch(
     table[:, ADDRESSES] += addresses[job]
     tiles = table[:, 20].copy()
     table[:, 10] = np.cumsum(tiles) - tiles
-    descriptors = torch.from_numpy(table).to(device)
+    descriptors = _upload(table, device)
     # The tile table is the larger one, so it is expanded where it is used.
     tile_table = torch.repeat_interleave(
         torch.arange(len(table), dtype=torch.int32, device=device),
-        torch.from_numpy(tiles).to(device),
+        _upload(tiles, device),
         output_size=int(tiles.sum()),
     )
     return Launch(kind, descriptors, tile_table)
+
+
+def _upload(values: Ints, device: torch.device) -> torch.Tensor:
+    """On the device, without waiting for what runs there: pageable memory would."""
+    host = torch.from_numpy(values)
+    return host.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else host
