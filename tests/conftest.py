@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ if not torch.cuda.is_available():
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
 if TYPE_CHECKING:
+    from fuseport_testing import command
     from fuseport_testing.megatron_models import Run
 
 MegatronRuns = Callable[..., "Run"]
@@ -57,3 +59,31 @@ def megatron_run(tmp_path_factory: pytest.TempPathFactory) -> MegatronRuns:
         return runs[name, tp, pp]
 
     return get
+
+
+@pytest.fixture
+def run(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Iterator[command.Run]:
+    """The command line, in this process."""
+    from fuseport_testing.command import WIDTH, check
+
+    from fuseport.converter import cli
+    from fuseport.converter.stops import STOPS
+
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("COLUMNS", str(WIDTH))
+    handlers = {number: signal.getsignal(number) for number in STOPS}
+
+    def here(*args: object, status: int = 0) -> tuple[str, str]:
+        monkeypatch.setattr(sys, "argv", ["fuseport", *map(str, args)])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        # JSON is for programs, which have no width.
+        check(status, int(ended.value.code or 0), "" if "--json" in args else out, err)
+        return out, err
+
+    yield here
+    for number, handler in handlers.items():
+        signal.signal(number, handler)

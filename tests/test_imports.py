@@ -15,6 +15,7 @@ ALLOWED = {
     "kernels": {"kernels"},
     "converter": {"kernels", "converter"},
     "benchmarks": {"kernels", "converter", "benchmarks"},
+    "examples": {"kernels", "converter"},
     "tests": {"kernels", "converter", "benchmarks", "tests"},
 }
 # The kernels are written in triton; the benchmarks compile them ahead of time.
