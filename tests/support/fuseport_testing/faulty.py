@@ -78,8 +78,11 @@ def main() -> None:
     """Run the command."""
     source, out, phase, fault, *options = sys.argv[1:]
     fault, _, rank = fault.partition(":")
-    from fuseport.converter import cli, group
+    # With all that the command imports when it is needed, torch above all.
+    from fuseport.converter import cli, convert, group
     from fuseport.converter.limits import Limits
+
+    print(f"{convert.__name__} is there", flush=True)
 
     # Small enough for several windows of a tiny model, and for a quick end of a silent rank.
     Limits.window = lambda self, device: 6 << 10  # type: ignore[method-assign]
