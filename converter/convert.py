@@ -83,8 +83,9 @@ def convert_checkpoint(
     Args:
         source: a checkpoint's directory, or a plan.
         out: the directory to create.
-        recipe, facts: as for `plan_checkpoint`, when `source` is a directory.
-        backend, device: where the moves run.
+        recipe: as for `plan_checkpoint`, as are `facts`, when `source` is a directory.
+        backend: "triton", "torch", or "auto" (Triton on a GPU).
+        device: where the moves run: "cpu", "cuda", "cuda:N", or "auto".
         overwrite: replace `out` if it exists.
         resume: go on with the finished files of a run that was killed, and keep them if this one
             fails.
@@ -128,12 +129,13 @@ def export_state_dict(
 ) -> Report:
     """Publish a whole model that is in memory as a checkpoint.
 
+    `spec`, `recipe` and `scales` are as for `convert_state_dict`, other options as for
+    `convert_checkpoint`.
+
     Args:
         state_dict: Megatron-Core's `model.state_dict()` of one rank (tp and pp 1), on a GPU or
             the host; left as it is.
-        spec, recipe, scales: as for `convert_state_dict`.
         out: the directory to create.
-        backend, overwrite, limits, timings, progress: as for `convert_checkpoint`.
         sync: False leaves fsync out, for benchmarks.
 
     Raises:

@@ -41,8 +41,7 @@ def trtllm_updates(
     cannot. It must have been read when the next is asked for, so `update_weights` must have
     returned. The receiver may keep the memory open from one step to the next.
 
-    Args:
-        refit, nbytes, source: as for `Refit.buckets`.
+    `nbytes` and `source` are as for `Refit.buckets`.
     """
     known = _HANDLES.setdefault(refit, {}).setdefault(nbytes, [])
     for number, bucket in enumerate(refit.buckets(nbytes, source)):
@@ -59,8 +58,7 @@ def named_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, tensor) of a whole refit, for a loader that copies each before it asks for the next.
 
-    Args:
-        refit, nbytes, source: as for `Refit.buckets`.
+    `nbytes` and `source` are as for `Refit.buckets`.
     """
     for bucket in refit.buckets(nbytes, source):
         yield from bucket

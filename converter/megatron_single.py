@@ -35,10 +35,10 @@ class SingleDeviceTRTLLMModelWeightsConverter(WeightsConverter):
     """Converts a whole model on one device, for any tensor and pipeline parallel size.
 
     All ranks' tensors are filled by one launch per kind; what every rank has alike is kept once.
+    Arguments that are not listed are as for the distributed one.
 
     Args:
         export_config: with `inference_tp_size`, `inference_pp_size`, `use_parallel_embedding`.
-        transformer_config, dtype, multi_query_mode, activation, scales: as for the distributed one.
         moe_ep_size: ranks that share out the experts; divides tp.
         backend: "auto", "triton" or "torch".
     """

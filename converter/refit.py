@@ -103,7 +103,7 @@ class Refit:
 
     @property
     def traffic(self) -> list[list[int]]:
-        """[sender][receiver]: the bytes that travel in one run, by process of the group."""
+        """`[sender][receiver]`: the bytes that travel in one run, by process of the group."""
         return traffic(self._plan.tensors, self._plan.processes)
 
     @torch.no_grad()

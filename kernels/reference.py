@@ -141,8 +141,7 @@ def fused_copy_ref(
 ) -> torch.Tensor | None:
     """Run `moves` one after the other in plain torch.
 
-    Args:
-        count, power, reduce: as for `FusedCopy.run`.
+    `count`, `power` and `reduce` are as for `FusedCopy.run`.
 
     Returns:
         With `count`, int64 [len(moves), 2] on the moves' device: per move, the finite source
