@@ -7,11 +7,8 @@ cannot run here: against an engine, on several GPUs, or for hours.
 from __future__ import annotations
 
 import json
-import os
 import re
-import runpy
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,6 +16,7 @@ import pytest
 import yaml
 from fuseport_testing.command import Run
 from fuseport_testing.pages import PAGES, ROOT, Block, blocks, commands, write_sources
+from torch.distributed.run import parse_args
 
 WITH_CODE = [page for page in PAGES if any(block.language != "text" for block in blocks(page))]
 _LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)")
@@ -39,8 +37,8 @@ def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
 class Reader:
     """Someone who types a page's blocks in."""
 
-    def __init__(self, run: Run, patch: pytest.MonkeyPatch) -> None:
-        self.run, self.patch = run, patch
+    def __init__(self, run: Run) -> None:
+        self.run = run
         self.names: dict[str, object] = {"__name__": "page"}
 
     def read(self, block: Block) -> None:
@@ -55,8 +53,7 @@ class Reader:
         tools: dict[str, Callable[..., object]] = {
             "fuseport": self.run,
             "make": _make,
-            "torchrun": _torchrun,
-            "python": self._script,
+            "torchrun": self._torchrun,
         }
         for program, *words in commands(block.text):
             tools[program](*words)
@@ -67,9 +64,12 @@ class Reader:
         if block.file is not None:
             Path(block.file).write_text(block.text)
 
-    def _script(self, path: str, *words: str) -> None:
-        self.patch.setattr(sys, "argv", [path, *words])
-        runpy.run_path(path, run_name="__main__")
+    def _torchrun(self, *words: str) -> None:
+        """What each process runs, by one alone; `test_processes.py` has several."""
+        options = parse_args(list(words))
+        assert options.no_python
+        assert options.training_script == "fuseport"
+        self.run(*options.training_script_args)
 
 
 def _make(target: str) -> None:
@@ -77,21 +77,15 @@ def _make(target: str) -> None:
     subprocess.run(("make", "--dry-run", target), cwd=ROOT, check=True, capture_output=True)
 
 
-def _torchrun(*words: str) -> None:
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    command = (sys.executable, "-m", "torch.distributed.run", *words)
-    subprocess.run(command, env=os.environ | {"PATH": path}, check=True, capture_output=True)
-
-
 @pytest.mark.filterwarnings("ignore::fuseport.converter.errors.FuseportWarning")
 @pytest.mark.parametrize("page", WITH_CODE, ids=name_of)
 def test_every_block_runs(
     page: Path, sources: Path, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for source in (*sources.iterdir(), ROOT / "examples"):
+    for source in sources.iterdir():
         (tmp_path / source.name).symlink_to(source)
     monkeypatch.chdir(tmp_path)
-    reader = Reader(run, monkeypatch)
+    reader = Reader(run)
     for block in blocks(page):
         if block.language != "text":
             reader.read(block)
