@@ -18,7 +18,7 @@ from .engine import Engine
 from .errors import OutputError, RankError, UnsupportedOptionError
 from .fingerprint import check_unchanged
 from .group import STANDSTILL, Alone, Group, shares
-from .limits import Limits
+from .limits import PAGE, Limits
 from .loads import SLACK
 from .manifest import identity, losses_of, manifest
 from .megatron_names import unwrapped
@@ -295,4 +295,4 @@ def _whole(plan: CheckpointPlan) -> int:
     """Bytes that would hold everything at once: a small model needs no large slabs."""
     read = sum(stored.nbytes for stored in plan.stored.values())
     repeated = plan.nbytes * 8
-    return int(SLACK * (read + repeated)) + (1 << 20)
+    return -(-int(SLACK * (read + repeated)) // PAGE) * PAGE + (1 << 20)

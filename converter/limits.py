@@ -21,6 +21,8 @@ SLABS = 3
 # Beside its slabs, a GPU holds tables, and copies of what must be gathered before it is scaled.
 _GPU_SHARES = 2 * SLABS
 _SMALLEST, _LARGEST = 4 * MIB, 256 * MIB
+# Slabs lie one behind the other, and each has to begin where any element may.
+PAGE = 4096
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class Limits:
             )
 
     def window(self, device: torch.device) -> int:
-        """Bytes of one slab."""
+        """Bytes of one slab: whole pages."""
         size = min((self.host_memory - BASE) // SLABS, _LARGEST)
         if device.type == "cuda":
             size = min(size, self.gpu_memory // _GPU_SHARES)
-        return size
+        return size // PAGE * PAGE
 
     def peak(self, device: torch.device) -> int:
         """The most host memory that a conversion takes, in bytes."""
