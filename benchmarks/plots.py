@@ -227,7 +227,7 @@ def draw(path: Path, out: Path) -> list[Path]:
             file = out / f"{path.stem}-{name}.{ending}"
             # No date: the same figures give the same file.
             metadata = {"Date": None} if ending == "svg" else {}
-            figure.savefig(file, dpi=160, metadata=metadata)
+            figure.savefig(file, dpi=130, metadata=metadata, bbox_inches="tight")
             written.append(file)
         plt.close(figure)
     return written
