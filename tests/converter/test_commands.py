@@ -17,6 +17,7 @@ from fuseport_testing.tiny import write_tiny
 from rich.console import Console
 
 from fuseport.converter import bars, cli, doctor, show
+from fuseport.converter.backend import default_device
 from fuseport.converter.commands.output import output
 from fuseport.converter.errors import OutputError
 from fuseport.converter.recipe import Recipe
@@ -111,7 +112,7 @@ def test_quiet_and_verbose(run: Run, source: Path, tmp_path: Path) -> None:
     for command in commands:
         assert run(*command, "--quiet") == ("", "")
     loud, _ = run("convert", source, tmp_path / "c", "--verbose")
-    for word in ("hidden_size", "busy times", "on cpu; windows"):
+    for word in ("hidden_size", "busy times", f"on {default_device('auto')}; windows"):
         assert word in loud
     _, err = run("inspect", source, "-q", "-v", status=2)
     assert "cannot be had together" in " ".join(err.split())
