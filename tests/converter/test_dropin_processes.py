@@ -57,7 +57,6 @@ def convert_in_processes(
         ("llama", 2, 1),
         ("llama", 4, 1),
         ("llama", 2, 2),
-        ("gpt", 2, 1),
         ("gpt", 4, 1),
         ("gpt", 2, 2),
     ],

@@ -132,8 +132,13 @@ def assert_as_in_memory(out: Path, state: State, recipe: Recipe) -> None:
             assert torch.equal(one, other), name
 
 
-@pytest.mark.parametrize("form", ["method", "function"])
-@pytest.mark.parametrize(("scheme", "tp"), [("tensor", 2), ("block128", 2), ("mx32", 2)])
+@pytest.mark.parametrize(
+    ("scheme", "tp", "form"),
+    [
+        ("tensor", 2, "method"), ("tensor", 2, "function"), ("block128", 2, "method"),
+        ("mx32", 2, "function"),
+    ],
+)  # fmt: skip
 def test_codes_and_scales_of_a_checkpoint_are_taken_as_they_are(
     scheme: str, tp: int, form: str, tmp_path: Path
 ) -> None:
