@@ -17,7 +17,8 @@ SUITES = ("kernels", "models", "scaling", "peers", "fresh", "host", "export")
 
 def run(*arguments: str, interpret: bool = False) -> str:
     """A process of its own, which finds `benchmarks`."""
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    others = ("TRITON_INTERPRET", "PYTEST_ADDOPTS")
+    environment = {k: v for k, v in os.environ.items() if k not in others}
     environment |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore", "CUDA_VISIBLE_DEVICES": ""}
     environment |= {"TRITON_INTERPRET": "1"} if interpret else {}
     done = subprocess.run(
