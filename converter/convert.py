@@ -100,11 +100,9 @@ def convert_checkpoint(
     Raises:
         FuseportError: see `errors`; `out` is as it was.
     """
-    plan = (
-        source
-        if isinstance(source, CheckpointPlan)
-        else plan_checkpoint(source, recipe or Recipe(), facts)
-    )
+    plan = source
+    if not isinstance(plan, CheckpointPlan):
+        plan = plan_checkpoint(plan, recipe or Recipe(), facts)
     keep_apart(plan.source.origin, out)
     job = Job(
         backend, device, overwrite, resume, assets, limits or Limits(), timings or Timings(),

@@ -11,6 +11,7 @@ import functools
 import importlib.resources
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import PurePath
 from typing import TYPE_CHECKING
 
 import yaml
@@ -125,8 +126,8 @@ def packaged() -> dict[str, Family]:
 @functools.cache
 def packaged_names() -> tuple[str, ...]:
     """Every packaged family's model_type, which is its file's name too."""
-    files = sorted(file.name for file in _folder().iterdir())
-    return tuple(name[: -len(SUFFIX)] for name in files if name[-len(SUFFIX) :] == SUFFIX)
+    files = sorted(PurePath(file.name) for file in _folder().iterdir())
+    return tuple(file.stem for file in files if file.suffix == SUFFIX)
 
 
 @functools.cache

@@ -226,7 +226,7 @@ class _Weights:
         def move(elements: torch.Tensor, source: torch.Tensor) -> Move:
             row = int(elements.storage_offset() - begin) // columns
             expert, first_row = divmod(row, rows)
-            own = [_of_expert(each, expert, len(experts)) for each in scales]
+            own = [_of_expert(scale, expert, len(experts)) for scale in scales]
             amax = partial(self._amax, target.group, target.first_expert + expert)
             quant = chosen.make(Place(own[0], own[-1], amax, columns, first_row))
             dst = elements if matrix is codes else _of_codes(elements, codes, each)

@@ -34,7 +34,6 @@ from .targets.target import Task
 PART = 1 << 31
 
 
-@collector.paused()
 def convert_state_dict(
     state_dict: Mapping[str, torch.Tensor],
     spec: ModelSpec,
@@ -78,7 +77,7 @@ def convert_state_dict(
     targets, make = _prepare(tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid)
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(recipe.world_size)]
     for part in whole_layers(targets, PART):
-        plan = [planned for target in part for planned in make.plan(target)]
+        plan = _planned(part, make)
         # A GPU fills this part while the next one is planned.
         run_plan(plan, backend)
         for planned in plan:
@@ -87,7 +86,6 @@ def convert_state_dict(
     return ranks
 
 
-@collector.paused()
 def plan_memory(
     tensors: Mapping[str, torch.Tensor],
     model: Model,
@@ -104,11 +102,12 @@ def plan_memory(
     `relaid` are the scales of weights that are fp8 already, by rank and name.
     """
     targets, make = _prepare(tensors, model, spec, recipe, scales, allocate, states, relaid)
-    plan = [planned for target in targets for planned in make.plan(target)]
+    plan = _planned(targets, make)
     _finish(make.given, recipe)
     return plan
 
 
+@collector.paused()
 def _prepare(
     tensors: Mapping[str, torch.Tensor],
     model: Model,
@@ -128,11 +127,16 @@ def _prepare(
     return targets, builder(targets, recipe, allocate or example.new_empty, given)
 
 
+@collector.paused()
+def _planned(targets: Sequence[TargetTensor], make: Builder) -> list[Planned]:
+    return [planned for target in targets for planned in make.plan(target)]
+
+
 def _finish(given: Given, recipe: Recipe) -> None:
     """Raise ScaleError if a given scale was not used, and hand notes on as warnings."""
     given.check_used(recipe)
     for note in given.notes:
-        warnings.warn(note, FuseportWarning, stacklevel=4)
+        warnings.warn(note, FuseportWarning, stacklevel=3)
 
 
 def whole_layers(targets: Sequence[TargetTensor], limit: int) -> Iterator[list[TargetTensor]]:

@@ -284,7 +284,9 @@ print("peak", next(line.split()[1] for line in text.splitlines() if line.startsw
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("target", "quant"), [("trtllm", "none"), ("hf", "fp8-block")])
+@pytest.mark.parametrize(
+    ("target", "quant"), [("trtllm", "none"), ("hf", "fp8"), ("hf", "fp8-block")]
+)
 def test_memory_stays_below_the_bound(target: str, quant: str, tmp_path: Path) -> None:
     """A model of 0.6 GB, of which single weights are larger than a window."""
     source = write_sparse(tmp_path / "s", hidden=4096, ffn=14336, layers=1, vocab=8192)

@@ -106,6 +106,7 @@ def _ended(process: subprocess.Popen[str], deadline: float) -> tuple[int | None,
     [
         ("first window", "kill:2", "rank 2 .* gave no sign of life"),
         ("begin", "hang:2", "rank 2 .* gave no sign of life"),
+        ("first window", "full:2", "rank 2 .* failed: .*No space left on device"),
         ("manifest", "full:0", "rank 0 .* failed: .*No space left on device"),
         ("manifest", "kill:0", "rank 0 or torchrun died|rank 0 .* gave no sign of life"),
         ("never", "disagree:2", "rank 2 is about to do something else than rank 0: another"),
