@@ -15,7 +15,7 @@ from collections.abc import Iterator
 import torch
 
 from fuseport.kernels.amax_kernel import amax_kernel
-from fuseport.kernels.fused_copy import amax_constants, constants, kernel_of, resources
+from fuseport.kernels.options import amax_constants, constants, kernel_of, resources
 from fuseport.kernels.tables import Kind
 
 from . import aot_amd

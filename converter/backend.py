@@ -11,6 +11,7 @@ import torch
 
 from fuseport.kernels.move import Move
 from fuseport.kernels.reference import fused_copy_ref
+from fuseport.kernels.repeats import Repeat
 
 from .choices import BACKENDS
 from .errors import RecipeError
@@ -58,8 +59,8 @@ class Copy(Protocol):
 class ReferenceCopy:
     """`FusedCopy`'s twin in plain torch."""
 
-    def __init__(self, moves: Sequence[Move]) -> None:
-        self.moves = moves
+    def __init__(self, moves: Sequence[Move], repeats: Sequence[Repeat] = ()) -> None:
+        self.moves: Sequence[Move] = [*moves, *(m for one in repeats for m in one.written_out())]
 
     def run(
         self,
@@ -77,8 +78,16 @@ class ReferenceCopy:
         return True
 
 
-def copier(backend: str, device: torch.device) -> Callable[[Sequence[Move]], Copy]:
-    """A function that makes a batch of moves ready.
+class Make(Protocol):
+    """Makes a batch of moves ready."""
+
+    def __call__(self, moves: Sequence[Move], repeats: Sequence[Repeat] = ()) -> Copy:
+        """`repeats` are moves that are done over several times' memory; see `FusedCopy`."""
+        ...
+
+
+def copier(backend: str, device: torch.device) -> Make:
+    """What makes a batch of moves ready.
 
     Raises:
         RecipeError: as `choose`.

@@ -6,19 +6,20 @@ value exceeds the format. A kind of scale is there for all modules that need it,
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 
-from fuseport.kernels.move import Move
 from fuseport.kernels.quant import GivenScale
 
 from .choices import FROM_SOURCE
 from .errors import RecipeError, ScaleError
 from .formats import Format, Static
-from .plan import Allocate, Planned, storage_key
+from .layout import Flat
+from .plan import storage_key
 from .recipe import Recipe
 from .scales import ScaleTable, table_of
 from .sources.stored import Piece, Stored
@@ -73,13 +74,11 @@ class Given:
         return next((scale for scale in found if scale is not None), None)
 
     def tensor(
-        self, target: TargetTensor, name: str, shape: tuple[int, ...], value: float,
-        allocate: Allocate,
-    ) -> Planned:  # fmt: skip
-        """A target tensor whose elements are all one number."""
-        dst = allocate(shape, dtype=torch.float32)
-        source = self.constant(value).expand(dst.numel())
-        return Planned(target.rank, name, dst, (Move(dst.view(-1), source),))
+        self, target: TargetTensor, name: str, shape: tuple[int, ...], value: float
+    ) -> TargetTensor:
+        """A tensor beside another one, whose elements are all one number."""
+        elements = self.constant(value).expand(math.prod(shape))
+        return TargetTensor(target.rank, name, Flat(elements, shape), torch.float32)
 
 
 def scale_table(recipe: Recipe, from_source: Callable[[], ScaleTable]) -> ScaleTable | None:

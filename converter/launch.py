@@ -5,13 +5,12 @@ from __future__ import annotations
 import torch
 
 from fuseport.kernels.move import Move
-from fuseport.kernels.quant import Scheme
+from fuseport.kernels.quant import Scheme, placed
 
 from .backend import Reduce
 from .cuts import Run
 from .loads import key_of
 from .plan import bind, extent, storage_key
-from .quantise import on_real
 from .windows import Window
 
 
@@ -40,7 +39,7 @@ class _Binder:
         self.scratch: dict[tuple[int, int], torch.Tensor] = {}
 
     def move(self, move: Move) -> Move:
-        quant: Scheme | None = on_real(move.quant, self.target)
+        quant: Scheme | None = placed(move.quant, self.target)
         return Move(self.target(move.dst), self.source(move.src), move.shift, quant)
 
     def source(self, view: torch.Tensor) -> torch.Tensor:

@@ -15,13 +15,12 @@ import torch
 import torch.distributed as dist
 
 from fuseport.kernels.move import Move
-from fuseport.kernels.quant import NvScale, Regional, Scheme
+from fuseport.kernels.quant import NvScale, Regional, Scheme, placed
 
 from .codes import Box, own_scheme, scales_of
 from .exchange import operation
 from .feeds import Batch, Feed, Make, Source, Workspace, padded
 from .plan import Planned, bind, storage_key
-from .quantise import on_real
 from .refit_amax import Merge, shared_amaxes, takes_part
 from .transfers import Message, Part, Wanted, carve, elements_of, messages
 
@@ -281,7 +280,7 @@ class Pass:
         return bind(view, self._real[storage_key(view)].view(-1), 0)
 
     def _quant(self, quant: Scheme | None) -> Scheme | None:
-        return on_real(quant, self._placed)
+        return placed(quant, self._placed)
 
     def _placed(self, view: torch.Tensor) -> torch.Tensor:
         """A scale's view of the outputs, or an amax in scratch memory."""

@@ -12,7 +12,7 @@ import torch
 from fuseport.kernels.move import GivenScale
 
 from . import collector
-from .backend import choose
+from .backend import choose, copier
 from .claims import Claims, StoredClaims, check_dtype
 from .errors import FuseportWarning, MissingTensorError
 from .given import Given, scale_table
@@ -24,6 +24,7 @@ from .plan import Allocate, Planned, moves_of, storage_key
 from .quantise import Builder, builder, to_quantise
 from .recipe import Recipe
 from .relay import SAME, relay, sources_of
+from .repeats import Repeats
 from .sources.megatron import read_model, without_further
 from .sources.stored_fp8 import StoredFp8, dequantise, is_stored_fp8, read_stored_fp8
 from .targets.parts import TargetTensor
@@ -74,14 +75,15 @@ def convert_state_dict(
         relaid, others = _relay(tensors, found, spec, recipe)
         tensors |= {name: dequantise(found[name]) for name in others}
         model = read_model(tensors, spec, StoredClaims)
-    targets, make = _prepare(tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid)
+    targets, make = prepare(tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid)
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(recipe.world_size)]
+    repeats, ready = Repeats(make), copier(backend, next(iter(tensors.values())).device)
     for part in whole_layers(targets, PART):
-        plan = _planned(part, make)
+        work = repeats.work(part)
         # A GPU fills this part while the next one is planned.
-        run_plan(plan, backend)
-        for planned in plan:
-            ranks[planned.rank][planned.name] = planned.dst
+        ready(work.moves, work.repeats).run()
+        for rank, name, tensor in work.filled:
+            ranks[rank][name] = tensor
     _finish(make.given, recipe)
     return ranks
 
@@ -101,14 +103,14 @@ def plan_memory(
     `states` are a state dict's `_extra_state` entries, among others, for `recipe.scales`;
     `relaid` are the scales of weights that are fp8 already, by rank and name.
     """
-    targets, make = _prepare(tensors, model, spec, recipe, scales, allocate, states, relaid)
+    targets, make = prepare(tensors, model, spec, recipe, scales, allocate, states, relaid)
     plan = _planned(targets, make)
     _finish(make.given, recipe)
     return plan
 
 
 @collector.paused()
-def _prepare(
+def prepare(
     tensors: Mapping[str, torch.Tensor],
     model: Model,
     spec: ModelSpec,

@@ -14,95 +14,21 @@ two table loads are then too large a share of a program), and tiles above 4096 (
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache
-from types import MappingProxyType
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 import triton
-import triton.language as tl
 
 from .amax_kernel import CLEARED, amax_kernel, clear_kernel
-from .move import Move
+from .move import Move, distinct_amaxes
 from .move_kernel import move_kernel
-from .numerics import LARGEST_SOURCE
-from .quant import GivenScale, NvScale, TensorScale
-from .region_kernel import region_kernel
-from .regions import stage
-from .tables import TWO_PASSES, Kind, Launch, build
+from .options import amax_constants, constants, has_native_e4m3, kernel_of, resources
+from .quant import GivenScale
+from .regions import Job, stage
+from .repeats import Repeat
+from .tables import TWO_PASSES, Ints, Launch, build
 from .tally import SLOTS
-
-_TRITON = {
-    torch.float32: tl.float32,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-    torch.float8_e4m3fn: tl.float8e4nv,
-}
-_UNSIGNED = {1: tl.uint8, 2: tl.uint16, 4: tl.uint32, 8: tl.uint64}
-
-
-def kernel_of(kind: Kind) -> triton.runtime.JITFunction:
-    """The kernel that runs a kind of move."""
-    return region_kernel if kind.scheme in ("row", "block", "mx", "nv") else move_kernel
-
-
-@cache
-def constants(
-    kind: Kind, count: bool, power: bool, native: bool, careful: bool = False
-) -> Mapping[str, object]:
-    """`kernel_of(kind)`'s constexpr arguments."""
-    rows, cols = kind.tile
-    floating = kind.src in (torch.float32, torch.bfloat16, torch.float16)
-    unsigned = _UNSIGNED[kind.src.itemsize]
-    known: dict[str, object] = {
-        "SRC": _TRITON[kind.src] if floating else unsigned,
-        "DST": _TRITON.get(kind.dst, unsigned),
-        "DST_BITS": _UNSIGNED[kind.dst.itemsize],
-        "ORDER": kind.order,
-        "VECTOR": kind.vector,
-        "BIT_COPY": kind.bit_copy,
-        "SHIFT": kind.shift,
-        "SCHEME": kind.scheme,
-        "LOOP": kind.row_tile < 0,
-        "COUNT": count and floating,
-        "POWER": power and kind.scheme != "none",
-        "LARGEST_BITS": int(np.float32(LARGEST_SOURCE.get(kind.dst, 0.0)).view(np.int32)),
-        "NATIVE": native,
-        "CAREFUL": careful,
-        "ROWS": rows,
-        "COLS": cols,
-    }
-    names = kernel_of(kind).arg_names
-    return MappingProxyType({name: known[name] for name in names if name in known})
-
-
-@cache
-def amax_constants(kind: Kind) -> Mapping[str, object]:
-    """The first pass's constexpr arguments, for the same tables."""
-    known = {**constants(kind, False, False, False), "ORDER": kind.order, "SHIFT": kind.shift}
-    return MappingProxyType({x: known[x] for x in amax_kernel.arg_names if x in known})
-
-
-def resources(kind: Kind, count: bool) -> dict[str, int]:
-    """Warps of a program, and registers of a thread where ptxas would take too many.
-
-    What hides the latency of a tile is other programs on the same multiprocessor. Measured on an
-    H100: three programs of 256 threads give blocks 0.97 of the copy, two give 0.88; rows with 64
-    elements a thread get 0.98, with 32 they get 0.93.
-    """
-    if kind.scheme == "row":
-        return {"num_warps": kind.tile[0] * kind.tile[1] // 2048}
-    if kind.scheme == "block":
-        return {"num_warps": 8} | ({"maxnreg": 80} if kind.src.itemsize == 2 else {})
-    return {"num_warps": 8 if count and kind.order == "transposed" else 4}
-
-
-def has_native_e4m3(device: torch.device) -> bool:
-    """True where the hardware's fp32 → e4m3 conversion rounds once: NVIDIA sm_90 and later."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return False
-    return torch.cuda.get_device_capability(device) >= (9, 0)
 
 
 class FusedCopy:
@@ -114,6 +40,8 @@ class FusedCopy:
     Args:
         moves: any number of moves, all on one device. Destinations must not overlap one another
             or any source. Moves that share a scale, or a matrix with scales, are in one batch.
+        repeats: moves that are done over the memory of several times; a batch with such can
+            neither count nor merge amaxes.
         native_e4m3: force the hardware or the integer route to e4m3; by default what
             `has_native_e4m3` says.
 
@@ -121,22 +49,34 @@ class FusedCopy:
         ValueError: the moves lie on several devices, or a matrix has gaps.
     """
 
-    def __init__(self, moves: Sequence[Move], *, native_e4m3: bool | None = None) -> None:
-        self.moves = tuple(moves)
-        self.device = _one_device(self.moves)
+    def __init__(
+        self,
+        moves: Sequence[Move],
+        repeats: Sequence[Repeat] = (),
+        *,
+        native_e4m3: bool | None = None,
+    ) -> None:
+        straight = [one for one in repeats if one.is_straight()]
+        others = [one for one in repeats if not one.is_straight()]
+        self.moves = (*moves, *(move for one in others for move in one.written_out()))
+        self.device = _one_device([*self.moves, *(move for one in straight for move in one.moves)])
         self._native = has_native_e4m3(self.device) if native_e4m3 is None else native_e4m3
         gathers, jobs = stage(self.moves)
-        values = _scale_values(self.moves, self.device)
+        repeated = list(_jobs_of(straight, len(self.moves)))
+        values = _scale_values(self.moves, straight, self.device)
         self._staged = {job.index for job in gathers}
         # What the tables point to beside the moves' own memory.
-        self._kept = [values, *(job.move.dst for job in gathers)]
-        given = _scale_pointers(self.moves, values)
-        self._flags = torch.zeros(len(self.moves), dtype=torch.int32, device=self.device)
+        self._kept = [values, straight, [job.move.dst for job in gathers]]
+        given = _scale_pointers([*jobs, *(job for own, _ in repeated for job in own)], values)
+        self._flags = torch.zeros(len(values), dtype=torch.int32, device=self.device)
         self._gathers = build(gathers, {}, self._flags, self.device)
-        self.launches = build(jobs, given, self._flags, self.device)
+        launches = build(jobs, given, self._flags, self.device, repeated)
+        # The longest first: the host prepares the others while the GPU is busy with it.
+        self.launches = tuple(sorted(launches, key=lambda launch: -launch.tiles))
         # What a NaN or an Inf makes a second launch do again.
         self._with_flags = [x for x in self.launches if x.kind.scheme not in ("none", "given")]
         self.amaxes = tuple(distinct_amaxes(self.moves))
+        self._has_repeats = bool(repeats)
 
     def run(
         self,
@@ -158,7 +98,12 @@ class FusedCopy:
             With `count`, int64 [len(moves), 2] on the device: per move, the finite source
             elements that saturated or overflowed, and those that are NaN or Inf. Moves that had
             to be gathered into one matrix are counted under the first of them.
+
+        Raises:
+            ValueError: an option was given that a batch with repeats does not have.
         """
+        if self._has_repeats and (count or power is not None or reduce is not None):
+            raise ValueError("a batch with repeats can neither count nor merge amaxes")
         counters = self._zeros(torch.int64) if count else None
         sums = None if power is None else self._zeros(torch.float64)
         with _on(self.device):
@@ -252,12 +197,6 @@ def fused_copy(
     return FusedCopy(moves).run(count=count, power=power, reduce=reduce)
 
 
-def distinct_amaxes(moves: Sequence[Move]) -> list[torch.Tensor]:
-    """The groups' amaxes, each once, in the order of the moves."""
-    found = (m.quant.amax for m in moves if isinstance(m.quant, (TensorScale, NvScale)))
-    return list({amax.data_ptr(): amax for amax in found}.values())
-
-
 def _one_device(moves: Sequence[Move]) -> torch.device:
     devices = {tensor.device for move in moves for tensor in (move.dst, move.src)}
     if len(devices) != 1:
@@ -266,20 +205,32 @@ def _one_device(moves: Sequence[Move]) -> torch.device:
     return devices.pop()
 
 
-def _scale_values(moves: Sequence[Move], device: torch.device) -> torch.Tensor:
-    """fp32 [len(moves)]: scales given as floats, in one upload; 1.0 where there is none."""
+def _jobs_of(repeats: Sequence[Repeat], first: int) -> Iterator[tuple[list[Job], Ints]]:
+    """The first time's jobs of each, numbered from `first` on, and the other times' steps."""
+    for one in repeats:
+        yield [Job(first + number, move) for number, move in enumerate(one.moves)], one.steps()
+        first += len(one.moves) * len(one.times)
+
+
+def _scale_values(
+    moves: Sequence[Move], repeats: Sequence[Repeat], device: torch.device
+) -> torch.Tensor:
+    """fp32, for each job: scales given as floats, in one upload; 1.0 where there is none."""
     given = (m.quant.quant_scale if isinstance(m.quant, GivenScale) else 1.0 for m in moves)
     values = [1.0 if isinstance(value, torch.Tensor) else value for value in given]
+    for one in repeats:
+        scales = [time.quant_scale for time in one.times]
+        values += np.repeat(scales, len(one.moves)).tolist()
     return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
 
 
-def _scale_pointers(moves: Sequence[Move], values: torch.Tensor) -> dict[int, int]:
+def _scale_pointers(jobs: Sequence[Job], values: torch.Tensor) -> dict[int, int]:
     """Where the kernel finds each given scale: the caller's tensor, or the uploaded value."""
-    pointers = {}
-    for index, move in enumerate(moves):
-        if isinstance(move.quant, GivenScale):
-            scale, own = move.quant.quant_scale, values.data_ptr() + 4 * index
-            pointers[index] = scale.data_ptr() if isinstance(scale, torch.Tensor) else own
+    pointers, first = {}, values.data_ptr()
+    for job in jobs:
+        if isinstance(job.move.quant, GivenScale):
+            scale, own = job.move.quant.quant_scale, first + 4 * job.index
+            pointers[job.index] = scale.data_ptr() if isinstance(scale, torch.Tensor) else own
     return pointers
 
 

@@ -9,12 +9,12 @@ those out as (outer, rows, columns) boxes that the kernel walks in tiles.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from .quant import GivenScale, NvScale, Regional, Scheme
+from .quant import GivenScale, NvScale, Regional, Scheme, TensorScale
 
 __all__ = ["CASTS", "FLOATS", "Box", "Dim", "GivenScale", "Move", "coalesce", "describe"]
 
@@ -193,3 +193,9 @@ def is_vector(box: Box, dst_pointer: int, src_pointer: int) -> bool:
     )  # fmt: skip
     aligned = dst_pointer % 16 == 0 and src_pointer % 16 == 0
     return aligned and all(value % VECTOR == 0 for value in multiples)
+
+
+def distinct_amaxes(moves: Iterable[Move]) -> list[torch.Tensor]:
+    """The groups' amaxes, each once, in the order of the moves."""
+    found = (m.quant.amax for m in moves if isinstance(m.quant, (TensorScale, NvScale)))
+    return list({amax.data_ptr(): amax for amax in found}.values())

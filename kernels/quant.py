@@ -19,8 +19,9 @@ rounded down, so a block's largest elements may saturate); NVIDIA ModelOpt's NVF
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any, ClassVar
 
 import torch
 
@@ -136,3 +137,15 @@ class NvScale(Regional):
 
 
 Scheme = GivenScale | TensorScale | RowScale | BlockScale | MxScale | NvScale
+
+
+def placed(quant: Scheme | None, place: Callable[[torch.Tensor], torch.Tensor]) -> Scheme | None:
+    """A scheme with its tensors replaced by what `place` gives for each; a given scale stays."""
+    if quant is None or isinstance(quant, GivenScale):
+        return quant
+    changes: dict[str, Any] = {}
+    for one in fields(quant):
+        value = getattr(quant, one.name)
+        if isinstance(value, torch.Tensor):
+            changes[one.name] = place(value)
+    return replace(quant, **changes)

@@ -97,7 +97,11 @@ def row_tile(columns: int) -> int:
 
 
 def build(
-    jobs: Sequence[Job], given: Mapping[int, int], flags: torch.Tensor, device: torch.device
+    jobs: Sequence[Job],
+    given: Mapping[int, int],
+    flags: torch.Tensor,
+    device: torch.device,
+    repeats: Sequence[tuple[Sequence[Job], Ints]] = (),
 ) -> tuple[Launch, ...]:
     """The launches of a batch.
 
@@ -110,24 +114,40 @@ def build(
         flags: int32, for each job's index: set by a kernel where the careful launch has to do
             the job again.
         device: where the tables go.
+        repeats: jobs that are done several times, and [times, jobs, 7]: what each time adds to
+            their `ADDRESSES`.
     """
-    if not jobs:
+    patterns, first_flag = _Patterns(), flags.data_ptr()
+    which: list[int] = []
+    tables: list[Ints] = []
+    for own, steps in ((jobs, np.zeros((1, 1, len(ADDRESSES)), np.int64)), *repeats):
+        if own:
+            which += [patterns.number(job.move) for job in own] * len(steps)
+            base = np.array([_addresses(job, given, first_flag) for job in own], dtype=np.int64)
+            tables.append((base + steps).reshape(-1, len(ADDRESSES)))
+    if not which:
         return ()
-    numbers: dict[Hashable, int] = {}
-    patterns: list[list[tuple[Kind, list[int]]]] = []
-    which = []
-    for job in jobs:
-        key = _pattern(job.move)
-        if key not in numbers:
-            numbers[key] = len(patterns)
-            patterns.append(_rows(job.move))
-        which.append(numbers[key])
-    first_flag = flags.data_ptr()
-    addresses = np.array([_addresses(job, given, first_flag) for job in jobs], dtype=np.int64)
+    numbers, addresses = np.array(which), np.concatenate(tables)
+    kinds = dict.fromkeys(kind for rows in patterns.rows for kind, _ in rows)
     return tuple(
-        _launch(kind, _of_kind(kind, patterns), np.array(which), addresses, device)
-        for kind in dict.fromkeys(kind for rows in patterns for kind, _ in rows)
+        _launch(kind, _of_kind(kind, patterns.rows), numbers, addresses, device) for kind in kinds
     )
+
+
+class _Patterns:
+    """The rows of each pattern that was met; addresses count from a move's own."""
+
+    def __init__(self) -> None:
+        self._numbers: dict[Hashable, int] = {}
+        self.rows: list[list[tuple[Kind, list[int]]]] = []
+
+    def number(self, move: Move) -> int:
+        """Which of `rows` are a move's."""
+        key = _pattern(move)
+        if key not in self._numbers:
+            self._numbers[key] = len(self.rows)
+            self.rows.append(_rows(move))
+        return self._numbers[key]
 
 
 def _pattern(move: Move) -> Hashable:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from fuseport_testing.cases import megatron_args
 from fuseport_testing.small_models import random_state, small
 
 from fuseport.converter import ModelSpec, Recipe, convert_state_dict, state
-from fuseport.converter.plan import Planned
+from fuseport.converter.backend import Copy, Make, copier
+from fuseport.kernels.move import Move
+from fuseport.kernels.repeats import Repeat
 
 RECIPES = [
     Recipe(target="trtllm", tp_size=2, pp_size=2),
@@ -26,15 +30,19 @@ def test_parts_do_not_change_a_bit(recipe: Recipe, monkeypatch: pytest.MonkeyPat
     spec = ModelSpec.from_facts(vars(megatron_args(case, 1, 1)))
     weights = random_state(case)
     whole = convert_state_dict(weights, spec, recipe)
-    run = state.run_plan
     batches: list[int] = []
 
-    def counted(plan: list[Planned], backend: str) -> None:
-        batches.append(len(plan))
-        run(plan, backend)
+    def counting(backend: str, device: torch.device) -> Make:
+        make = copier(backend, device)
+
+        def counted(moves: Sequence[Move], repeats: Sequence[Repeat] = ()) -> Copy:
+            batches.append(len(moves))
+            return make(moves, repeats)
+
+        return counted
 
     monkeypatch.setattr(state, "PART", 1)
-    monkeypatch.setattr(state, "run_plan", counted)
+    monkeypatch.setattr(state, "copier", counting)
     parts = convert_state_dict(weights, spec, recipe)
     # What stands before the layers, four layers, what stands behind them.
     assert len(batches) >= 6

@@ -1,0 +1,122 @@
+"""The same moves over other memory, any number of times: a model's layers, its experts.
+
+Views, checks and descriptors are made once; for every further time addresses alone are computed,
+all of them together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from .move import Move
+from .quant import GivenScale, NvScale, Scheme, TensorScale, placed
+from .regions import stage
+
+
+@dataclass(frozen=True)
+class Time:
+    """The memory of one time, in the order of a `Repeat`'s own.
+
+    Attributes:
+        outputs: what the moves write to.
+        sources: each move's source.
+        quant_scale: the given scale of all moves, where they have one.
+    """
+
+    outputs: Sequence[torch.Tensor]
+    sources: Sequence[torch.Tensor]
+    quant_scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Moves that are done over the memory of each of `times`, and not over their own.
+
+    A time's tensors have the shapes, strides and dtypes of the moves' own, and their addresses
+    modulo 16.
+
+    Attributes:
+        moves: as many as a time has sources; none is empty. A given scale is a float.
+        outputs: the contiguous tensors that the moves write to: their codes, scales and amaxes.
+        times: at least one.
+    """
+
+    moves: Sequence[Move]
+    outputs: Sequence[torch.Tensor]
+    times: Sequence[Time]
+
+    def is_straight(self) -> bool:
+        """False if a matrix must be gathered first, for which each time needs memory."""
+        return not stage(self.moves)[0]
+
+    def written_out(self) -> Iterator[Move]:
+        """The moves of every time, one by one."""
+        for time in self.times:
+            for move, source in zip(self.moves, time.sources, strict=True):
+                yield self._at(move, source, time)
+
+    def _at(self, move: Move, source: torch.Tensor, time: Time) -> Move:
+        def place(view: torch.Tensor) -> torch.Tensor:
+            index = self._output(view)
+            first = view.storage_offset() - self.outputs[index].storage_offset()
+            memory = time.outputs[index]
+            return memory.as_strided(
+                view.shape, view.stride(), memory.storage_offset() + int(first)
+            )
+
+        quant: Scheme | None = GivenScale(time.quant_scale)
+        if not isinstance(move.quant, GivenScale):
+            quant = placed(move.quant, place)
+        return Move(place(move.dst), source, move.shift, quant)
+
+    def _output(self, view: torch.Tensor) -> int:
+        """Which of the outputs a view lies in."""
+        at = view.data_ptr()
+        return next(
+            index
+            for index, one in enumerate(self.outputs)
+            if one.data_ptr() <= at < one.data_ptr() + one.nbytes
+        )
+
+    def steps(self) -> NDArray[np.int64]:
+        """[times, moves, 7]: what each time adds to the fields `tables.ADDRESSES` of a move."""
+        own = _pointers(0, len(self.moves), self.outputs, [move.src for move in self.moves])
+        each = np.array([
+            _pointers(number, len(self.moves), time.outputs, time.sources)
+            for number, time in enumerate(self.times)
+        ])  # fmt: skip
+        steps: NDArray[np.int64] = (each - np.array(own))[:, self._columns()]
+        return steps
+
+    def _columns(self) -> NDArray[np.int64]:
+        """[moves, 7]: which of `_pointers` each field of a move goes with."""
+        first_source = len(self.outputs)
+        index, flag, fixed = (first_source + len(self.moves) + more for more in range(3))
+        columns = []
+        for number, move in enumerate(self.moves):
+            quant = move.quant
+            scale = amax = second = fixed
+            if isinstance(quant, GivenScale):
+                scale = flag
+            elif quant is not None:
+                scale = self._output(quant.dequant_scale)
+            if isinstance(quant, (TensorScale, NvScale)):
+                amax = self._output(quant.amax)
+            if isinstance(quant, NvScale):
+                second = self._output(quant.second_scale)
+            dst, src = self._output(move.dst), first_source + number
+            columns.append((dst, src, scale, index, amax, second, flag))
+        return np.array(columns)
+
+
+def _pointers(
+    time: int, moves: int, outputs: Sequence[torch.Tensor], sources: Sequence[torch.Tensor]
+) -> list[int]:
+    """Addresses; a move's index, that of 4 bytes (a flag, a given scale) for each move, and 0."""
+    pointers = [*map(torch.Tensor.data_ptr, outputs), *map(torch.Tensor.data_ptr, sources)]
+    return [*pointers, time * moves, 4 * time * moves, 0]
