@@ -20,6 +20,7 @@ from fuseport.converter.backend import Copy, copier
 from fuseport.converter.plan import Planned, batches, storage_key
 from fuseport.converter.refit import Refit
 from fuseport.converter.repeats import Repeats
+from fuseport.converter.repeats import Work as Patterns
 from fuseport.converter.sources.megatron import read_model
 from fuseport.converter.state import plan_memory, prepare
 from fuseport.kernels.move import GivenScale, Move
@@ -159,12 +160,13 @@ class Work:
     def stages(self) -> dict[str, float]:
         """Seconds of a first call's parts, one after the other: plan and memory, tables, launch."""
         found: list[Any] = []
-        plan = seconds(lambda: found.append(self._first_work()))
+        plan = seconds(lambda: found.append(self.anew()))
         work = found[0]
         tables = seconds(lambda: found.append(self.copier(work.moves, work.repeats)))
         return {"plan": plan, "tables": tables, "launch": seconds(found[1].run)}
 
-    def _first_work(self) -> object:
+    def anew(self) -> Patterns:
+        """A plan as a first call makes it, and memory for the results."""
         model = read_model(self.weights, self.spec)
         targets, make = prepare(self.weights, model, self.spec, self.recipe, self.scales)
         return Repeats(make).work(targets)
