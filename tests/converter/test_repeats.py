@@ -14,6 +14,7 @@ from fuseport.converter.state import plan_memory, prepare, run_plan
 from fuseport.kernels.move import GivenScale
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CASE = small(
     hidden=32, heads=4, query_groups=2, kv_channels=16, ffn=64, experts=4, moe_ffn=32, layers=4
 )
@@ -41,7 +42,7 @@ def _elsewhere(tensor: torch.Tensor) -> torch.Tensor:
 def test_every_bit_is_planned_alone(recipe: Recipe) -> None:
     """Two layers hold a tensor in another way: by its strides, and by where it begins."""
     spec = ModelSpec.from_facts(vars(megatron_args(CASE, 1, 1)))
-    weights = random_state(CASE)
+    weights = {name: tensor.to(DEVICE) for name, tensor in random_state(CASE).items()}
     turned = "decoder.layers.2.self_attention.linear_proj.weight"
     weights[turned] = weights[turned].T.contiguous().T
     behind = "decoder.layers.3.mlp.router.weight"
