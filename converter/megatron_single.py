@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -200,6 +199,6 @@ def _named(targets: Iterable[TargetTensor]) -> Iterator[TargetTensor]:
     """The reference's keys: one tensor where every rank has the same, else one for each rank."""
     for target in targets:
         if not target.replicated:
-            yield replace(target, name=f"{target.name}.{target.rank}.bin")
+            yield target._replace(name=f"{target.name}.{target.rank}.bin")
         elif target.rank == 0:
             yield target

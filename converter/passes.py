@@ -20,14 +20,10 @@ from fuseport.kernels.quant import NvScale, Regional, Scheme, placed
 from .codes import Box, own_scheme, scales_of
 from .exchange import operation
 from .feeds import Batch, Feed, Make, Source, Workspace, padded
-from .plan import Planned, bind, storage_key
+from .plan import bind, storage_key
 from .refit_amax import Merge, shared_amaxes, takes_part
 from .transfers import Message, Part, Wanted, carve, elements_of, messages
-
-# Bytes that a GPU writes while a parameter is looked at: 0.1 to 0.2 µs, at 1.5 TB/s.
-_HIDING = 300_000
-# At most one of so many parameters is looked at first.
-_SHARE = 8
+from .turns import in_turn
 
 
 @dataclass(frozen=True)
@@ -55,31 +51,6 @@ def workspace_bytes(tensors: Sequence[Wanted], process: int) -> int:
                 sizes.append(move.src.numel() * move.src.dtype.itemsize)
             sizes += [part.nbytes for part in parts if _is_staged(part, process)]
     return sum(map(padded, sizes))
-
-
-def first_sources(tensors: Sequence[Wanted], names: Collection[str]) -> set[str]:
-    """A few parameters that keep the GPU busy while the others are looked at.
-
-    Args:
-        tensors: what is filled in this process.
-        names: all its parameters.
-    """
-    found: set[str] = set()
-    left = _HIDING * len(names)
-    for one in sorted(filter(_is_plain, tensors), key=lambda one: -one.planned.nbytes):
-        if left > 0 and len(found) < len(names) // _SHARE and _sources(one) <= {*names}:
-            found |= _sources(one)
-            left -= one.planned.nbytes
-    return found
-
-
-def _is_plain(one: Wanted) -> bool:
-    """True if it shares nothing with others, and its moves make no scales."""
-    return not one.planned.group and not any(move.quant for move in one.planned.moves)
-
-
-def _sources(one: Wanted) -> set[str]:
-    return {part.source for parts in one.parts for part in parts}
 
 
 def _takes_part(message: Message, process: int) -> bool:
@@ -140,10 +111,9 @@ class Pass:
         packed = [feed for one in messages(tensors) for feed in self._post(one, workspace)]
         mine = [one for one in tensors if here.process in one.wanters]
         shared = shared_amaxes(tensors) if here.group is not None else {}
-        late = {_group(o.planned) for o in mine if self._is_late(o) or takes_part(o, shared)}
-        early = [one for one in mine if first and _is_plain(one) and _sources(one) <= {*first}]
-        soon = [one for one in mine if _group(one.planned) not in late and one not in early]
-        then = [one for one in mine if _group(one.planned) in late]
+        early, soon, then = in_turn(
+            mine, first, lambda one: self._is_late(one) or takes_part(one, shared)
+        )
         self._gathered: list[Feed] = []
         self._pack = Batch(packed, here.live, here.make)
         self._first, self._soon = (
@@ -288,8 +258,3 @@ class Pass:
         if key not in self._real:
             self._real[key] = torch.empty_like(view, device=self._here.device)
         return self._bound(view)
-
-
-def _group(planned: Planned) -> object:
-    """What is filled together: a group that shares scales, or the tensor alone."""
-    return planned.group or id(planned)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
@@ -94,7 +94,7 @@ class QuantisedWeights:
                     f"a weight scale of {target.module} is given, but the source stores the weight "
                     f"in fp8 with a scale of its own; leave it out"
                 )
-        return replace(target, dtype=self.chosen.codes, quant=scales.scheme)
+        return target._replace(dtype=self.chosen.codes, quant=scales.scheme)
 
     def _scale(self, target: TargetTensor, kind: ScaleTensor, value: float) -> TargetTensor:
         """A weight's scale that is given, for each of its experts."""

@@ -25,13 +25,14 @@ from .errors import RecipeError, ShapeError
 from .feeds import Workspace
 from .live import Live
 from .model import ModelSpec
-from .passes import Here, Pass, first_sources, workspace_bytes
+from .passes import Here, Pass, workspace_bytes
 from .plan import storage_key
 from .recipe import Recipe
 from .refit_amax import shared_amaxes
 from .refit_plan import plan_refit
 from .shards import Place
 from .transfers import Wanted, traffic
+from .turns import first_sources
 
 Tensors = dict[str, torch.Tensor]
 Bucket = list[tuple[str, torch.Tensor]]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -25,8 +26,7 @@ class CacheScale:
         return CacheScale(prefix + self.name, self.shape, self.kinds)
 
 
-@dataclass(frozen=True)
-class TargetTensor:
+class TargetTensor(NamedTuple):
     """One tensor of one rank's file: what it is made of, and what happens to its values.
 
     `group` is the part's and `module` the name of its linear, both with layers numbered in the
@@ -49,8 +49,7 @@ class TargetTensor:
     cache: CacheScale | None = None
 
 
-@dataclass(frozen=True)
-class Part:
+class Part(NamedTuple):
     """A rule's answer: a tensor's name, in its layer if it is of one, and what it is made of.
 
     `replicated` ones are alike on all ranks. `group` names what engines fuse the weight into, and
