@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
-from typing import Any
 
 import torch
 
@@ -92,13 +90,11 @@ def read_stored_fp8(value: object, name: str) -> StoredFp8:
     return reader(value, name)
 
 
-def _reader(value: Any) -> Callable[[object, str], StoredFp8] | None:
-    return _reader_of(type(value))
-
-
-@cache
-def _reader_of(kind: type) -> Callable[[object, str], StoredFp8] | None:
-    known = (_READERS.get(cls.__name__) for cls in kind.__mro__)
+def _reader(value: object) -> Callable[[object, str], StoredFp8] | None:
+    # Nearly all are plain, and a model has thousands.
+    if type(value) in (torch.Tensor, torch.nn.Parameter):
+        return None
+    known = (_READERS.get(cls.__name__) for cls in type(value).__mro__)
     return next((reader for reader in known if reader is not None), None)
 
 
