@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from fuseport.converter import ModelSpec, Recipe, convert_state_dict
+from fuseport.converter.alike import Alike
 from fuseport.converter.backend import Copy, copier
 from fuseport.converter.plan import Planned, batches, storage_key
 from fuseport.converter.refit import Refit
@@ -167,9 +168,10 @@ class Work:
 
     def anew(self) -> Patterns:
         """A plan as a first call makes it, and memory for the results."""
-        model = read_model(self.weights, self.spec)
+        alike = Alike(self.weights, self.spec)
+        model = read_model(alike.others, self.spec, alike=alike.first)
         targets, make = prepare(self.weights, model, self.spec, self.recipe, self.scales)
-        return Repeats(make).work(targets)
+        return Repeats(make, alike).work(targets)
 
     def is_equal(self) -> bool:
         """Poison the kept plan's memory, fill it, and compare with the reference."""

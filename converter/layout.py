@@ -6,7 +6,7 @@ A rule says `cat(q, k, v)`; nothing is copied until `pairs` turns the tree into 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -85,6 +85,17 @@ def leaves(layout: Layout) -> Iterator[torch.Tensor]:
     else:
         for part in layout.parts:
             yield from leaves(part)
+
+
+def mapped(layout: Layout, change: Callable[[torch.Tensor], torch.Tensor]) -> Layout:
+    """The same layout of other views."""
+    if isinstance(layout, torch.Tensor):
+        return change(layout)
+    if isinstance(layout, Flat):
+        return Flat(change(layout.view), layout.shape)
+    if isinstance(layout, Alternate):
+        return Alternate(tuple(map(change, layout.parts)))
+    return type(layout)(tuple(mapped(part, change) for part in layout.parts))
 
 
 def pairs(dst: torch.Tensor, layout: Layout) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

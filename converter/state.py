@@ -12,6 +12,7 @@ import torch
 from fuseport.kernels.move import GivenScale
 
 from . import collector
+from .alike import Alike
 from .backend import choose, copier
 from .claims import Claims, StoredClaims, check_dtype
 from .errors import FuseportWarning, MissingTensorError
@@ -68,16 +69,19 @@ def convert_state_dict(
     plain = {name: value for name, value in state_dict.items() if not is_stored_fp8(value)}
     tensors = {unwrapped(name): tensor for name, tensor in weights(plain).items()}
     tensors |= {name: one.codes for name, one in found.items()}
-    model = read_model(tensors, spec, StoredClaims if found else Claims)
+    # What is quantised already goes other ways, by the names of its tensors.
+    alike = Alike({} if found else tensors, spec)
+    others = tensors if found else alike.others
+    model = read_model(others, spec, StoredClaims if found else Claims, alike.first)
     check_complete(model, spec)
     relaid: dict[tuple[int, str], torch.Tensor] = {}
     if found:
-        relaid, others = _relay(tensors, found, spec, recipe)
-        tensors |= {name: dequantise(found[name]) for name in others}
+        relaid, names = _relay(tensors, found, spec, recipe)
+        tensors |= {name: dequantise(found[name]) for name in names}
         model = read_model(tensors, spec, StoredClaims)
     targets, make = prepare(tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid)
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(recipe.world_size)]
-    repeats, ready = Repeats(make), copier(backend, next(iter(tensors.values())).device)
+    repeats, ready = Repeats(make, alike), copier(backend, next(iter(tensors.values())).device)
     for part in whole_layers(targets, PART):
         work = repeats.work(part)
         # A GPU fills this part while the next one is planned.

@@ -24,7 +24,7 @@ class Time:
 
     Attributes:
         outputs: what the moves write to.
-        sources: each move's source.
+        sources: what they read.
         quant_scale: the given scale of all moves, where they have one.
     """
 
@@ -41,13 +41,17 @@ class Repeat:
     modulo 16.
 
     Attributes:
-        moves: as many as a time has sources; none is empty. A given scale is a float.
+        moves: at least one; none is empty. A given scale is a float.
         outputs: the contiguous tensors that the moves write to: their codes, scales and amaxes.
+        sources: the tensors that they read.
+        reads: for each move, the number of the source that its own is a view of.
         times: at least one.
     """
 
     moves: Sequence[Move]
     outputs: Sequence[torch.Tensor]
+    sources: Sequence[torch.Tensor]
+    reads: Sequence[int]
     times: Sequence[Time]
 
     def is_straight(self) -> bool:
@@ -57,22 +61,19 @@ class Repeat:
     def written_out(self) -> Iterator[Move]:
         """The moves of every time, one by one."""
         for time in self.times:
-            for move, source in zip(self.moves, time.sources, strict=True):
-                yield self._at(move, source, time)
+            for move, number in zip(self.moves, self.reads, strict=True):
+                src = again(move.src, self.sources[number], time.sources[number])
+                yield self._at(move, src, time)
 
-    def _at(self, move: Move, source: torch.Tensor, time: Time) -> Move:
+    def _at(self, move: Move, src: torch.Tensor, time: Time) -> Move:
         def place(view: torch.Tensor) -> torch.Tensor:
-            index = self._output(view)
-            first = view.storage_offset() - self.outputs[index].storage_offset()
-            memory = time.outputs[index]
-            return memory.as_strided(
-                view.shape, view.stride(), memory.storage_offset() + int(first)
-            )
+            number = self._output(view)
+            return again(view, self.outputs[number], time.outputs[number])
 
         quant: Scheme | None = GivenScale(time.quant_scale)
         if not isinstance(move.quant, GivenScale):
             quant = placed(move.quant, place)
-        return Move(place(move.dst), source, move.shift, quant)
+        return Move(place(move.dst), src, move.shift, quant)
 
     def _output(self, view: torch.Tensor) -> int:
         """Which of the outputs a view lies in."""
@@ -85,7 +86,7 @@ class Repeat:
 
     def steps(self) -> NDArray[np.int64]:
         """[times, moves, 7]: what each time adds to the fields `tables.ADDRESSES` of a move."""
-        own = _pointers(0, len(self.moves), self.outputs, [move.src for move in self.moves])
+        own = _pointers(0, len(self.moves), self.outputs, self.sources)
         each = np.array([
             _pointers(number, len(self.moves), time.outputs, time.sources)
             for number, time in enumerate(self.times)
@@ -96,9 +97,9 @@ class Repeat:
     def _columns(self) -> NDArray[np.int64]:
         """[moves, 7]: which of `_pointers` each field of a move goes with."""
         first_source = len(self.outputs)
-        index, flag, fixed = (first_source + len(self.moves) + more for more in range(3))
+        index, flag, fixed = (first_source + len(self.sources) + more for more in range(3))
         columns = []
-        for number, move in enumerate(self.moves):
+        for number, move in zip(self.reads, self.moves, strict=True):
             quant = move.quant
             scale = amax = second = fixed
             if isinstance(quant, GivenScale):
@@ -112,6 +113,12 @@ class Repeat:
             dst, src = self._output(move.dst), first_source + number
             columns.append((dst, src, scale, index, amax, second, flag))
         return np.array(columns)
+
+
+def again(view: torch.Tensor, own: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A view of `own`, as the same view of `other`, which is laid out alike."""
+    first = int(view.storage_offset() - own.storage_offset())
+    return other.as_strided(view.shape, view.stride(), int(other.storage_offset()) + first)
 
 
 def _pointers(

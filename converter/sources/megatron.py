@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import TypeVar
 
 import torch
@@ -37,7 +38,10 @@ Value = TypeVar("Value")
 
 
 def read_model(
-    tensors: Mapping[str, torch.Tensor], spec: ModelSpec, claims_type: type[Claims] = Claims
+    tensors: Mapping[str, torch.Tensor],
+    spec: ModelSpec,
+    claims_type: type[Claims] = Claims,
+    alike: Mapping[int, int] = MappingProxyType({}),
 ) -> Model:
     """The logical views of a whole model (or of one shard, with the shard's own spec).
 
@@ -45,12 +49,13 @@ def read_model(
         tensors: by Megatron-Core's in-memory names with layer numbers; real or meta tensors.
         spec: the facts that these tensors follow.
         claims_type: what happens when a tensor is missing; an error by default.
+        alike: layers that are not read, since they are like an earlier one: they become that.
 
     Raises:
         MissingTensorError, UnknownTensorError, ShapeError: the tensors do not fit the facts.
     """
     claims = claims_type(tensors, IGNORED)
-    reader = _Reader(claims, spec)
+    reader = _Reader(claims, spec, alike)
     model = reader.model()
     claims.finish()
     return model
@@ -67,19 +72,26 @@ def without_further(
 
 
 class _Reader:
-    def __init__(self, claims: Claims, spec: ModelSpec) -> None:
+    def __init__(self, claims: Claims, spec: ModelSpec, alike: Mapping[int, int]) -> None:
         self.claims = claims
         self.spec = spec
+        self.alike = alike
+
+    def _layers(self) -> tuple[Layer, ...]:
+        layers: list[Layer] = []
+        for index in range(self.spec.num_layers):
+            first = self.alike.get(index)
+            layers.append(
+                self._layer(index, f"decoder.layers.{index}.") if first is None else layers[first]
+            )
+        return tuple(layers)
 
     def model(self) -> Model:
         hidden = self.spec.hidden_size
         model = Model(
             embedding=self._whole("embedding", (None, hidden)),
             positions=self._whole("positions", (None, hidden)),
-            layers=tuple(
-                self._layer(index, f"decoder.layers.{index}.")
-                for index in range(self.spec.num_layers)
-            ),
+            layers=self._layers(),
             final_norm=self._final_norm(),
             output=self._output(),
         )

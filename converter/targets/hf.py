@@ -6,7 +6,8 @@ ranks themselves. Names: `families/*.yaml`, each written beside the family's cla
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 
@@ -52,6 +53,10 @@ class HfRules:
 
     def tensors(self) -> Iterator[TargetTensor]:
         """Every tensor: the embedding, the layers, the output."""
+        for names, pieces in self._pieces():
+            yield from map(names.place, pieces)
+
+    def _pieces(self) -> Iterator[tuple[_Names, Iterable[Piece]]]:
         model, names = self.model, _Names(self.family, self.recipe, -1)
         if model.positions is not None:
             raise UnsupportedOptionError(
@@ -59,21 +64,27 @@ class HfRules:
                 f"{self.family.model_type} has no tensor"
             )
         if model.embedding is not None:
-            yield names.tensor("embedding", self._vocabulary(model.embedding))
+            yield names, [Piece("embedding", self._vocabulary(model.embedding))]
+        # By identity: layers that are alike are one object, and have the same pieces.
+        known: dict[int, list[Piece]] = {}
         for index, layer in enumerate(model.layers):
-            yield from _layer(_Names(self.family, self.recipe, index), layer)
+            own = _Names(self.family, self.recipe, index)
+            if id(layer) not in known:
+                known[id(layer)] = list(_layer(own, layer))
+            yield own, known[id(layer)]
         for number, further in enumerate(model.further, len(model.layers)):
-            yield from self._further(_Names(self.family, self.recipe, number), further)
+            own = _Names(self.family, self.recipe, number)
+            yield own, self._further(own, further)
         if model.final_norm is not None:
-            yield from names.norm("final_norm", model.final_norm)
+            yield names, names.norm("final_norm", model.final_norm)
         if model.output is not None:
-            yield names.tensor("output", self._vocabulary(model.output))
+            yield names, [Piece("output", self._vocabulary(model.output))]
 
-    def _further(self, names: _Names, further: Further) -> Iterator[TargetTensor]:
+    def _further(self, names: _Names, further: Further) -> Iterator[Piece]:
         yield from _layer(names, further.layer)
         yield from names.norm("further.token_norm", further.token_norm)
         yield from names.norm("further.hidden_norm", further.hidden_norm)
-        yield names.tensor("further.join", further.join)
+        yield Piece("further.join", further.join)
         yield from names.norm("further.norm", further.norm)
         for part in ("embedding", "output"):
             table = getattr(further, part)
@@ -86,7 +97,7 @@ class HfRules:
                     f"vocab_size = {self.spec.vocab_size}, but layer {names.layer} has an {part} "
                     f"of its own with {table.shape[0]} rows; leave out --vocab-size or --mtp keep"
                 )
-            yield names.tensor(f"further.{part}", self._vocabulary(table))
+            yield Piece(f"further.{part}", self._vocabulary(table))
 
     def _vocabulary(self, table: torch.Tensor) -> torch.Tensor:
         size = self.spec.vocab_size or table.shape[0]
@@ -98,55 +109,62 @@ class HfRules:
         return table[:size]
 
 
+class Piece(NamedTuple):
+    """A part of a layer, by the family's word for it, before its layer gives it a name."""
+
+    part: str
+    layout: Layout
+    kind: str = "weight"
+    expert: int = 0
+    shift: float = 0.0
+    dtype: torch.dtype | None = None
+
+
 class _Names:
-    """Target tensors of one layer by the names of its parts."""
+    """The pieces of one layer, and the target tensors that they become there."""
 
     def __init__(self, family: Family, recipe: Recipe, layer: int) -> None:
         self.family, self.layer = family, layer
         self.dtype, self.recipe = recipe.torch_dtype, recipe
 
-    def tensor(
-        self,
-        part: str,
-        layout: Layout,
-        kind: str = "weight",
-        expert: int = 0,
-        *,
-        shift: float = 0.0,
-        dtype: torch.dtype | None = None,
-    ) -> TargetTensor:
-        names = self.family.names(part, kind, self.layer, expert)
-        if not names:
-            raise UnsupportedOptionError(
-                f"layer {self.layer} has a part {part!r}, for which the family "
-                f"{self.family.model_type} has no name; choose another with --fact "
-                f"model_type=NAME, or give a table with --family FILE"
-            )
-        module = names[0].rpartition(".")[0]
+    def place(self, piece: Piece) -> TargetTensor:
+        part, kind = piece.part, piece.kind
+        name = self._name(piece)
+        module = name.rpartition(".")[0]
         group = ""
         if kind == "weight" and part in self.family.modules:
             group = self.family.group(part, module)
         if not group and part not in EXPERTS_TOGETHER:
             module = ""
         return TargetTensor(
-            0, names[0], layout, dtype or self.dtype, shift, group=group, module=module,
-            layer=self.layer, cache=_cache(part, module) if module else None,
+            0, name, piece.layout, piece.dtype or self.dtype, piece.shift, group=group,
+            module=module, layer=self.layer, cache=_cache(part, module) if module else None,
         )  # fmt: skip
+
+    def _name(self, piece: Piece) -> str:
+        names = self.family.names(piece.part, piece.kind, self.layer, piece.expert)
+        if not names:
+            raise UnsupportedOptionError(
+                f"layer {self.layer} has a part {piece.part!r}, for which the family "
+                f"{self.family.model_type} has no name; choose another with --fact "
+                f"model_type=NAME, or give a table with --family FILE"
+            )
+        return names[0]
 
     def linear(
         self, part: str, weight: Layout, bias: Layout | None, expert: int = 0
-    ) -> Iterator[TargetTensor]:
-        yield self.tensor(part, weight, expert=expert)
+    ) -> Iterator[Piece]:
+        yield Piece(part, weight, expert=expert)
         if bias is not None:
-            yield self.tensor(part, bias, "bias", expert)
+            yield Piece(part, bias, "bias", expert)
 
-    def norm(self, part: str, norm: Norm | None) -> Iterator[TargetTensor]:
+    def norm(self, part: str, norm: Norm | None) -> Iterator[Piece]:
         """Weights as the family stores them: with or without their 1."""
         if norm is not None:
             shift = norm.shift - self.family.norm_shift
-            yield self.tensor(part, norm.weight, shift=shift)
+            yield Piece(part, norm.weight, shift=shift)
             if norm.bias is not None:
-                yield self.tensor(part, norm.bias, "bias")
+                yield Piece(part, norm.bias, "bias")
 
     def check_left_out(self, part: str) -> None:
         """Raise UnsupportedOptionError if a tensor of experts is not left as it is."""
@@ -168,7 +186,7 @@ def _cache(part: str, module: str) -> CacheScale | None:
     return CacheScale(f"{module}.{part}_scale", (), (part,)) if part in ("k", "v") else None
 
 
-def _layer(names: _Names, layer: Layer) -> Iterator[TargetTensor]:
+def _layer(names: _Names, layer: Layer) -> Iterator[Piece]:
     yield from names.norm("input_norm", layer.input_norm)
     if isinstance(layer.attention, Attention):
         yield from attention(names, layer.attention)
@@ -183,7 +201,7 @@ def _layer(names: _Names, layer: Layer) -> Iterator[TargetTensor]:
     yield from names.norm("mlp_out_norm", layer.mlp_out_norm)
 
 
-def attention(names: _Names, weights: Attention) -> Iterator[TargetTensor]:
+def attention(names: _Names, weights: Attention) -> Iterator[Piece]:
     """Heads in order. No permutation: Megatron and transformers both rotate halves of a head."""
     for part, one in (("q", weights.q), ("k", weights.k), ("v", weights.v)):
         yield from projection(names, part, one)
@@ -191,34 +209,34 @@ def attention(names: _Names, weights: Attention) -> Iterator[TargetTensor]:
     yield from names.norm("q_norm", weights.q_norm)
     yield from names.norm("k_norm", weights.k_norm)
     if weights.sinks is not None:
-        yield names.tensor("sinks", flat_rows(weights.sinks, 2))
+        yield Piece("sinks", flat_rows(weights.sinks, 2))
 
 
-def projection(names: _Names, part: str, one: Projection) -> Iterator[TargetTensor]:
+def projection(names: _Names, part: str, one: Projection) -> Iterator[Piece]:
     """All heads' rows, and their bias."""
     axes = one.weight.ndim - 1
     bias = None if one.bias is None else flat_rows(one.bias, axes)
     yield from names.linear(part, flat_rows(one.weight, axes), bias)
 
 
-def latent_attention(names: _Names, weights: LatentAttention) -> Iterator[TargetTensor]:
+def latent_attention(names: _Names, weights: LatentAttention) -> Iterator[Piece]:
     """The low-rank parts as they are."""
     if isinstance(weights.q, LowRank):
         yield from low_rank(names, "q", weights.q)
     else:
-        yield names.tensor("q", weights.q)
+        yield Piece("q", weights.q)
     yield from low_rank(names, "kv", weights.kv)
-    yield names.tensor("out", weights.out)
+    yield Piece("out", weights.out)
 
 
-def low_rank(names: _Names, part: str, weights: LowRank) -> Iterator[TargetTensor]:
+def low_rank(names: _Names, part: str, weights: LowRank) -> Iterator[Piece]:
     """Down, norm, up."""
-    yield names.tensor(f"{part}_down", weights.down)
+    yield Piece(f"{part}_down", weights.down)
     yield from names.norm(f"{part}_down_norm", weights.norm)
-    yield names.tensor(f"{part}_up", weights.up)
+    yield Piece(f"{part}_up", weights.up)
 
 
-def mlp(names: _Names, prefix: str, weights: Mlp, expert: int = 0) -> Iterator[TargetTensor]:
+def mlp(names: _Names, prefix: str, weights: Mlp, expert: int = 0) -> Iterator[Piece]:
     """Gate (where there is one), up and down."""
     if weights.gate is not None:
         yield from half(names, f"{prefix}gate", weights.gate, expert)
@@ -226,17 +244,17 @@ def mlp(names: _Names, prefix: str, weights: Mlp, expert: int = 0) -> Iterator[T
     yield from names.linear(f"{prefix}down", weights.down, weights.down_bias, expert)
 
 
-def half(names: _Names, part: str, weights: Half, expert: int) -> Iterator[TargetTensor]:
+def half(names: _Names, part: str, weights: Half, expert: int) -> Iterator[Piece]:
     """One half of an MLP's first matrix."""
     yield from names.linear(part, weights.weight, weights.bias, expert)
 
 
-def moe(names: _Names, weights: Moe) -> Iterator[TargetTensor]:
+def moe(names: _Names, weights: Moe) -> Iterator[Piece]:
     """The router in the model's dtype, as the family has it; experts one by one, or together."""
     yield from names.linear("router", weights.router, weights.router_linear_bias)
     if weights.router_bias is not None:
         # It is added to scores that differ little: DeepSeek's own checkpoints keep fp32.
-        yield names.tensor("router_bias", weights.router_bias, dtype=torch.float32)
+        yield Piece("router_bias", weights.router_bias, dtype=torch.float32)
     elif "router_bias" in names.family.tensors:
         raise UnsupportedOptionError(
             f"layer {names.layer}: the router has no expert bias, which every model of the family "
@@ -250,21 +268,21 @@ def moe(names: _Names, weights: Moe) -> Iterator[TargetTensor]:
     if weights.shared is not None:
         yield from mlp(names, "shared.", weights.shared)
     if weights.shared_gate is not None:
-        yield names.tensor("shared_gate", weights.shared_gate)
+        yield Piece("shared_gate", weights.shared_gate)
 
 
-def together(names: _Names, experts: tuple[Mlp, ...]) -> Iterator[TargetTensor]:
+def together(names: _Names, experts: tuple[Mlp, ...]) -> Iterator[Piece]:
     """GPT-OSS: [E, H, 2F] with gate and up in turn, [E, F, H], and their biases."""
     names.check_left_out("experts.gate_up")
     first = [tuple(half.weight.mT for half in one.halves) for one in experts]
-    yield names.tensor("experts.gate_up", Stack(tuple(map(Alternate, first))))
+    yield Piece("experts.gate_up", Stack(tuple(map(Alternate, first))))
     biases = [tuple(half.bias for half in one.halves if half.bias is not None) for one in experts]
     if all(biases):
-        yield names.tensor("experts.gate_up_bias", Stack(tuple(map(Alternate, biases))))
-    yield names.tensor("experts.down", Stack(tuple(one.down.mT for one in experts)))
+        yield Piece("experts.gate_up_bias", Stack(tuple(map(Alternate, biases))))
+    yield Piece("experts.down", Stack(tuple(one.down.mT for one in experts)))
     down_biases = tuple(one.down_bias for one in experts if one.down_bias is not None)
     if down_biases:
-        yield names.tensor("experts.down_bias", Stack(down_biases))
+        yield Piece("experts.down_bias", Stack(down_biases))
 
 
 def check_hf(spec: ModelSpec, recipe: Recipe) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -73,7 +73,7 @@ class Unit:
     `whole_prefix` numbers a layer in the whole model, as `layer` does, `prefix` in its stage.
     """
 
-    parts: Callable[[Shard], Iterator[Part]]
+    parts: Callable[[Shard], Iterable[Part]]
     prefix: str = ""
     whole_prefix: str = ""
     layer: int = -1

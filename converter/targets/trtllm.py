@@ -13,8 +13,8 @@ model classes for the row orders:
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 
 import torch
 
@@ -57,6 +57,8 @@ class TrtllmRules:
         self.model, self.spec, self.recipe, self.zero_row = model, spec, recipe, zero_row
         self.scales = scales or {}
         self.names = FAMILIES[spec.model_type].names
+        # By the layer's identity: layers that are alike are one object.
+        self._parts: dict[int, Callable[[Shard], Sequence[Part]]] = {}
 
     def tensors(self) -> Iterator[TargetTensor]:
         """Every tensor of every rank; the ranks' shares of one weight stand next to each other."""
@@ -90,11 +92,16 @@ class TrtllmRules:
         if stage == 0:
             yield Unit(self._input)
         for local, index in enumerate(layers):
-            layer = self.model.layers[index]
-            parts = partial(self._layer, layer)
+            parts = self._parts_of(self.model.layers[index])
             yield Unit(parts, layer_prefix(local), layer_prefix(index), index)
         if stage == self.recipe.pp_size - 1:
             yield Unit(self._output)
+
+    def _parts_of(self, layer: Layer) -> Callable[[Shard], Sequence[Part]]:
+        """A layer's parts for a shard, which are made once."""
+        if id(layer) not in self._parts:
+            self._parts[id(layer)] = cache(lambda shard: tuple(self._layer(layer, shard)))
+        return self._parts[id(layer)]
 
     def _input(self, shard: Shard) -> Iterator[Part]:
         model, share = self.model, self.recipe.use_parallel_embedding

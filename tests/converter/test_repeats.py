@@ -8,6 +8,7 @@ from fuseport_testing.cases import megatron_args
 from fuseport_testing.small_models import random_state, small
 
 from fuseport.converter import ModelSpec, Recipe, convert_state_dict
+from fuseport.converter.alike import Alike
 from fuseport.converter.repeats import Repeats
 from fuseport.converter.sources.megatron import read_model
 from fuseport.converter.state import plan_memory, prepare, run_plan
@@ -67,9 +68,12 @@ def test_few_moves_are_made_for_many_layers() -> None:
     spec = ModelSpec.from_facts(vars(megatron_args(CASE, 1, 1)))
     weights = random_state(CASE)
     scales = {f"transformer.layers.{n}.attention.dense": GivenScale(2.0 + n) for n in range(4)}
-    model = read_model(weights, spec)
+    alike = Alike(weights, spec)
+    assert alike.first == {1: 0, 2: 0, 3: 0}
+    assert not any("layers.1." in name for name in alike.others)
+    model = read_model(alike.others, spec, alike=alike.first)
     targets, make = prepare(weights, model, spec, Recipe(), scales)
-    work = Repeats(make).work(targets)
+    work = Repeats(make, alike).work(targets)
     repeated = sum(len(one.times) * len(one.moves) for one in work.repeats)
     assert len(work.moves) + repeated == sum(len(one.moves) for one in plan_memory(
         weights, model, spec, Recipe(), scales

@@ -37,7 +37,7 @@ def repeated(name: str, each: Sequence[Sequence[torch.Tensor]], group: bool = Fa
     )
     moves = pattern.moves(each[0])
     times = [Time(memory(one), own) for one, own in zip(found[1:], each, strict=True)]
-    repeat = Repeat(moves, memory(pattern), times)
+    repeat = Repeat(moves, memory(pattern), each[0], range(len(moves)), times)
     own = sources(0, rows, columns=columns)
     FusedCopy(found[0].moves(own), [repeat]).run()
     fused_copy_ref([m for one, x in zip(expected, [own, *each], strict=True) for m in one.moves(x)])
@@ -46,7 +46,8 @@ def repeated(name: str, each: Sequence[Sequence[torch.Tensor]], group: bool = Fa
     assert all(map(torch.equal, pattern.bits(), Matrix(name, rows, columns).bits()))
 
     times = [Time(memory(one), own) for one, own in zip(alone[1:], each, strict=True)]
-    written = list(Repeat(moves, memory(pattern), times).written_out())
+    repeat = Repeat(moves, memory(pattern), each[0], range(len(moves)), times)
+    written = list(repeat.written_out())
     assert len(written) == len(moves) * len(each)
     fused_copy_ref([*alone[0].moves(own), *written])
     for one, other in zip(alone, expected, strict=True):
@@ -86,8 +87,8 @@ def test_plain_given_and_transposed(dtype: torch.dtype, offset: int) -> None:
         return [Move(dst, src, shift, quant) for dst, src in pairs]
 
     own, found, expected = out(), [out() for _ in range(TIMES)], [out() for _ in range(TIMES)]
-    times = [Time(one, views(n), scales[n]) for n, one in enumerate(found, 1)]
-    FusedCopy([], [Repeat(moves(0, own), own, times)]).run()
+    times = [Time(one, [buffer[n, offset:]], scales[n]) for n, one in enumerate(found, 1)]
+    FusedCopy([], [Repeat(moves(0, own), own, [buffer[0, offset:]], [0, 0], times)]).run()
     fused_copy_ref([move for n, one in enumerate(expected, 1) for move in moves(n, one)])
     for one, other in zip(found, expected, strict=True):
         for a, b in zip(one, other, strict=True):
@@ -119,7 +120,7 @@ def test_scales_of_single_experts() -> None:
     outputs = [*own, *(q.second_scale for q in quants[:1]), *(q.amax for q in quants[:1])]
     found, expected = [out() for _ in range(TIMES)], [out() for _ in range(TIMES)]
     times = [Time([*one, *scratch()], each[n]) for n, one in enumerate(found, 1)]
-    FusedCopy([], [Repeat(moves, outputs, times)]).run()
+    FusedCopy([], [Repeat(moves, outputs, each[0], [0, 1], times)]).run()
     for number, one in enumerate(expected, 1):
         fused_copy_ref(of(number, *one))
     for one, other in zip(found, expected, strict=True):
@@ -129,7 +130,8 @@ def test_scales_of_single_experts() -> None:
 
 def test_a_batch_with_repeats_has_no_counters() -> None:
     src, dst = torch.ones(4, device=DEVICE), torch.zeros(2, 4, device=DEVICE)
-    batch = FusedCopy([], [Repeat([Move(dst[0], src)], [dst[0]], [Time([dst[1]], [src])])])
+    repeat = Repeat([Move(dst[0], src)], [dst[0]], [src], [0], [Time([dst[1]], [src])])
+    batch = FusedCopy([], [repeat])
     with pytest.raises(ValueError, match="neither count"):
         batch.run(count=True)
     batch.run()
