@@ -21,6 +21,8 @@ SLABS = 3
 # Beside its slabs, a GPU holds tables, and copies of what must be gathered before it is scaled.
 _GPU_SHARES = 2 * SLABS
 _SMALLEST, _LARGEST = 4 * MIB, 256 * MIB
+# Files that are filled at the same time, where there are so many processors.
+MOST_FILES = 16
 # Slabs lie one behind the other, and each has to begin where any element may.
 PAGE = 4096
 
@@ -79,6 +81,6 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def threads() -> int:
+def threads(most: int = 8) -> int:
     """Threads of a stage that waits for the disk."""
-    return max(2, min(8, len(os.sched_getaffinity(0))))
+    return max(2, min(most, len(os.sched_getaffinity(0))))
