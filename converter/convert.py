@@ -282,7 +282,8 @@ def _fill(
     with on(device):
         try:
             make = copier(job.backend, device)
-            engine = Engine(device, make, size, writer, job.timings, job.measure)
+            count = job.limits.slabs(device)
+            engine = Engine(device, make, size, count, writer, job.timings, job.measure)
             engine.fill(windows(plan.tensors, plan.stored, size, files))
             return writer.finish(files)
         finally:

@@ -18,6 +18,8 @@ MIB = 1 << 20
 BASE = 768 * MIB
 # Slabs: one is read into, one is converted, one is written.
 SLABS = 3
+# Beside a GPU: so that there is always something to write into each of the files.
+_MOST_SLABS = 8
 # Beside its slabs, a GPU holds tables, and copies of what must be gathered before it is scaled.
 _GPU_SHARES = 2 * SLABS
 _SMALLEST, _LARGEST = 4 * MIB, 256 * MIB
@@ -58,9 +60,14 @@ class Limits:
             size = min(size, self.gpu_memory // _GPU_SHARES)
         return size // PAGE * PAGE
 
+    def slabs(self, device: torch.device) -> int:
+        """Slabs on the host. Beside a GPU, which is never waited for, most of them are written."""
+        most = _MOST_SLABS if device.type == "cuda" else SLABS
+        return min(most, (self.host_memory - BASE) // self.window(device))
+
     def peak(self, device: torch.device) -> int:
         """The most host memory that a conversion takes, in bytes."""
-        return BASE + SLABS * self.window(device)
+        return BASE + self.slabs(device) * self.window(device)
 
 
 _UNITS = {
