@@ -65,11 +65,14 @@ class _Kept:
         with self._lock:
             self._block, self._device = block, device
 
-    def forget(self) -> None:
-        """Give what is kept back to the system."""
-        self.push(Block(), torch.device("cpu"))
-
 
 _kept = _Kept()
+
+
+def forget() -> None:
+    """Give the memory that is kept for the next conversion back to the system."""
+    _kept.push(Block(), torch.device("cpu"))
+
+
 # While torch can still be asked to let go of it.
-atexit.register(_kept.forget)
+atexit.register(forget)
