@@ -79,7 +79,9 @@ def test_what_waits_is_left_out_on_closing() -> None:
     assert begun.wait(SOON)
     closing = threading.Thread(target=lanes.close)
     closing.start()
-    time.sleep(0.05)
+    end = time.monotonic() + SOON
+    while lanes._waiting and time.monotonic() < end:
+        time.sleep(0.001)
     may_end.set()
     closing.join(SOON)
     assert not closing.is_alive()
