@@ -82,6 +82,7 @@ def test_what_waits_is_left_out_on_closing() -> None:
     end = time.monotonic() + SOON
     while lanes._waiting and time.monotonic() < end:
         time.sleep(0.001)
+    assert not lanes._waiting
     may_end.set()
     closing.join(SOON)
     assert not closing.is_alive()
