@@ -1,7 +1,7 @@
 """A few slabs of host memory, allocated once and used in turn.
 
-Beside a GPU they are registered with the driver. That takes as long as writing a checkpoint to
-memory does, so the ring of a conversion that is over is kept for the next one of the process.
+Beside a GPU they are registered with the driver. Touching and registering them takes longer than
+filling them, so the ring of a conversion that is over is kept for the next one of the process.
 """
 
 from __future__ import annotations
