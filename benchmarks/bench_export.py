@@ -2,9 +2,10 @@
 
     python -m benchmarks.run export [--options=--directory=DIRECTORY]
 
-Needs 20 GB free in DIRECTORY. Beside it Megatron-Core's converter and `safetensors.save_file` make
-the same rank file from the same state dict; its tensors are compared bit for bit before a figure
-is shown. Times are without fsync, which is shown apart. The first call of each pays for its memory.
+Needs 40 GB free in DIRECTORY. Beside it Megatron-Core's converter and `safetensors.save_file` make
+one file from the same state dict; where fuseport makes one too, its tensors are compared bit for
+bit before a figure is shown. All take turns, and each call begins when what was written before is
+on the disk. Times are without fsync, which is shown apart. A first call pays for its memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import os
 import shutil
 import statistics
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from fuseport.converter import Recipe, export_state_dict, verify_checkpoint
+from fuseport.converter.slabs import forget
 from fuseport.converter.timings import Timings
 from fuseport.kernels.move import GivenScale
 
@@ -32,7 +35,7 @@ from .results import Row
 from .work import QUANT_SCALE, same_bits
 
 State = dict[str, torch.Tensor]
-CASE, CALLS, FILES = "dense rank, to a checkpoint", 3, 8
+CALLS, FILES = 4, (8, 16)
 # So that what both make is the layers, and nearly nothing else.
 OWN = of_rank(DENSE, TP).replace(vocab_size=1024, model_type="llama")
 
@@ -62,44 +65,73 @@ def fsync_seconds(directory: Path) -> float:
     return seconds(sync)
 
 
-def calls(out: Path, run: Callable[[], object]) -> list[float]:
-    """Times of some calls, each into a new directory."""
-    times = []
-    for _ in range(CALLS):
-        shutil.rmtree(out, ignore_errors=True)
-        times.append(seconds(run))
-    return times
+@dataclass
+class Way:
+    """A way to make a checkpoint in `out`, and what its calls took, in seconds."""
+
+    name: str
+    scheme: str
+    out: Path
+    run: Callable[[], object]
+    timings: Timings | None = None
+    times: list[float] = field(default_factory=list)
+    fsyncs: list[float] = field(default_factory=list)
+
+    def call(self) -> None:
+        """Once more, into a new directory."""
+        shutil.rmtree(self.out, ignore_errors=True)
+        if not self.times:
+            forget()
+        # What others wrote would be brought to the disk meanwhile, and take its time.
+        os.sync()
+        self.times.append(seconds(self.run))
+        self.fsyncs.append(fsync_seconds(self.out))
+
+    def row(self, case: str, own: Way) -> Row:
+        """The warm calls' median; `ratio` is to fuseport's `own` way."""
+        first, *warm = self.times
+        size = sum(file.stat().st_size for file in self.out.iterdir())
+        median = statistics.median(warm)
+        details = {"first_call": first, "fsync": statistics.median(self.fsyncs)}
+        ratio = None
+        if self is not own:
+            ratio = median / statistics.median(own.times[1:])
+            details["first_ratio"] = first / own.times[0]
+        return Row(
+            case, own.scheme, self.name, size, median, max(warm) - min(warm), len(warm),
+            ratio=ratio, details=details | busy(self.timings),
+        )  # fmt: skip
 
 
-def row(way: str, out: Path, times: list[float], **details: float) -> Row:
-    """The warm calls' median; the first call beside it."""
-    first, *warm = times
-    size = sum(file.stat().st_size for file in out.iterdir())
-    spread = max(warm) - min(warm)
-    more = {"first_call": first, "fsync": fsync_seconds(out), **details}
-    return Row(CASE, "given", way, size, statistics.median(warm), spread, len(warm), details=more)
+def busy(timings: Timings | None) -> dict[str, float]:
+    """Busy seconds by stage, summed over threads; stages overlap."""
+    stages = {} if timings is None else timings.stages
+    return {f"busy {name}": stage.seconds for name, stage in stages.items()}
 
 
-def ours(state: State, recipe: Recipe, out: Path, given: bool) -> tuple[list[float], Timings]:
-    """Times, and the last call's stages."""
+def ours(state: State, recipe: Recipe, out: Path, given: bool) -> Way:
+    """Fuseport's, with the last call's stages."""
     names = [f"transformer.layers.{n}.{m}" for n in range(OWN.num_layers) for m in MODULES]
     scales = {name: GivenScale(QUANT_SCALE) for name in names} if given else None
-    last = Timings()
 
     def run() -> None:
-        nonlocal last
-        last = Timings()
-        export_state_dict(state, OWN, recipe, out, scales=scales, timings=last, sync=False)
+        way.timings = Timings()
+        export_state_dict(state, OWN, recipe, out, scales=scales, timings=way.timings, sync=False)
 
-    return calls(out, run), last
-
-
-def busy(timings: Timings) -> dict[str, float]:
-    """Busy seconds by stage; stages overlap."""
-    return {f"busy {name}": stage.seconds for name, stage in timings.stages.items()}
+    way = Way("fuseport", "given" if given else "tensor", out, run)
+    return way
 
 
-def megatrons(state: State, out: Path, bench: Bench) -> list[float]:
+def several(state: State, out: Path, files: int) -> Way:
+    """The Hugging Face layout in about so many files of one size, with computed scales."""
+    sizes = [value.nbytes for value in state.values()]
+    # A file ends before the tensor that does not fit any more: half of one is left on average.
+    size = sum(sizes) // 2 // files + max(sizes) // 8
+    recipe = Recipe(target="hf", quant="fp8", shard_size=max(size, 1 << 20))
+    return ours(state, recipe, out, given=False)
+
+
+def megatrons(state: State, out: Path, bench: Bench) -> Way:
     """Megatron's conversion into host memory and `save_file`, together."""
     layers = {name: value for name, value in state.items() if name.startswith("decoder.")}
     where = bench.device if bench.is_toy else None
@@ -113,7 +145,7 @@ def megatrons(state: State, out: Path, bench: Bench) -> list[float]:
         whole = {name: value.contiguous() for name, value in weights.items()}
         save_file(whole, out / "rank0.safetensors")
 
-    return calls(out, run)
+    return Way("Megatron-Core and save_file", "given", out, run)
 
 
 def common_are_equal(one: Path, other: Path) -> bool:
@@ -123,27 +155,22 @@ def common_are_equal(one: Path, other: Path) -> bool:
     return bool(names) and all(same_bits(found[n], expected[n]) for n in names)
 
 
-def test_one_file(state: State, directory: Path, bench: Bench) -> None:
-    """The unified checkpoint's file of one rank, by both."""
+def test_export(state: State, directory: Path, bench: Bench) -> None:
+    """One file by both, and several by fuseport."""
     pytest.importorskip("megatron.core")
-    own, other = directory / "rank", directory / "megatron"
-    theirs = megatrons(state, other, bench)
-    times, timings = ours(state, Recipe(), own, given=True)
-    if not common_are_equal(own / "rank0.safetensors", other / "rank0.safetensors"):
+    theirs = megatrons(state, directory / "megatron", bench)
+    one = ours(state, Recipe(), directory / "rank", given=True)
+    many = [several(state, directory / f"hf{files}", files) for files in FILES]
+    for _ in range(CALLS):
+        for way in (theirs, one, *many):
+            way.call()
+    if not common_are_equal(one.out / "rank0.safetensors", theirs.out / "rank0.safetensors"):
         pytest.fail("RED: the files differ; no figure")
-    bench.add("export", row("fuseport, one file", own, times, **busy(timings)))
-    bench.add("export", row("Megatron-Core and save_file", other, theirs))
-    shutil.rmtree(own)
-    shutil.rmtree(other)
-
-
-def test_several_files(state: State, directory: Path, bench: Bench) -> None:
-    """The Hugging Face layout in several files, with computed scales."""
-    out = directory / "hf"
-    size = sum(value.nbytes for value in state.values()) // 2 // FILES
-    recipe = Recipe(target="hf", quant="fp8", shard_size=max(size, 1 << 20))
-    times, timings = ours(state, recipe, out, given=False)
-    verify_checkpoint(out)
-    name = f"fuseport, {len(list(out.glob('*.safetensors')))} files"
-    bench.add("export", row(name, out, times, **busy(timings)))
-    shutil.rmtree(out)
+    for way in (one, *many):
+        verify_checkpoint(way.out)
+        files = len(list(way.out.glob("*.safetensors")))
+        case = f"dense rank, {files} file{'s' * (files > 1)}"
+        bench.add("export", way.row(case, way))
+        bench.add("export", theirs.row(case, way))
+    for way in (theirs, one, *many):
+        shutil.rmtree(way.out)

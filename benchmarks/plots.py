@@ -151,7 +151,7 @@ def _exports(panel: Axes, found: Sequence[Row]) -> None:
         for name in names
         if any(row["details"][name] for row in found)
     }
-    _stack(panel, [row["way"] for row in found], parts)
+    _stack(panel, [row["case"] for row in found], parts)
     for place, row in enumerate(found):
         panel.plot([row["seconds"]], [place], marker="|", markersize=24, color="#c0392b")
     panel.plot([], [], color="#c0392b", label="the call's time: stages overlap")

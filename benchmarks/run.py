@@ -3,7 +3,7 @@
     python -m benchmarks.run [SUITE ...] [--results DIRECTORY] [--options=PYTEST_OPTIONS]
 
 Suites: models, scaling, peers, fresh and host, which are the default; and by name kernels, one by
-one, and export, which writes 30 GB to a disk.
+one, and export, which writes 40 GB to a disk.
 Figures go to DIRECTORY/<card>.json, by default benchmarks/results on a GPU and nowhere on a CPU.
 """
 

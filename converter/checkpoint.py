@@ -175,13 +175,14 @@ def _range_digest(handle: int, start: int, stop: int, progress: Callable[[int], 
     return digest.hexdigest()
 
 
-def write_json(path: Path, values: object) -> None:
-    """Write JSON that a person can read, and flush it to the disk."""
+def write_json(path: Path, values: object, *, durable: bool = True) -> None:
+    """Write JSON that a person can read, and if it is to be durable bring it to the disk."""
     with path.open("w") as stream:
         json.dump(values, stream, indent=2)
         stream.write("\n")
         stream.flush()
-        os.fsync(stream.fileno())
+        if durable:
+            os.fsync(stream.fileno())
 
 
 def copy_assets(source: Path, out: Path, names: Collection[str]) -> None:

@@ -206,8 +206,9 @@ def _lead(plan: CheckpointPlan, out: Path, known: Mapping[str, object], job: Job
     """Rank 0: makes the directory, and publishes it once all have done their part."""
     group = job.group
     with publish(
-        out, known, needed=plan.nbytes, overwrite=job.overwrite, resume=job.resume
-    ) as directory:
+        out, known, needed=plan.nbytes, overwrite=job.overwrite, resume=job.resume,
+        durable=job.sync,
+    ) as directory:  # fmt: skip
         if job.assets is not None:
             copy_assets(job.assets, directory.path, plan.target.others)
         begun = {name: asdict(result) for name, result in directory.finished.items()}
@@ -218,9 +219,10 @@ def _lead(plan: CheckpointPlan, out: Path, known: Mapping[str, object], job: Job
             results |= {name: FileResult(**result) for name, result in told.items()}
         check_unchanged(plan.source.origin, plan.fingerprint)
         for name, values in plan.settings().items():
-            write_json(directory.path / name, values)
+            write_json(directory.path / name, values, durable=job.sync)
         ordered = {one.name: results[one.name] for one in plan.images.values()}
-        write_json(directory.path / MANIFEST, manifest(plan, known, ordered, directory.path))
+        whole = manifest(plan, known, ordered, directory.path)
+        write_json(directory.path / MANIFEST, whole, durable=job.sync)
     group.tell("published", {name: asdict(result) for name, result in ordered.items()})
     return ordered
 
@@ -280,7 +282,8 @@ def _fill(
     with on(device):
         try:
             make = copier(job.backend, device)
-            engine = Engine(device, make, size, writer, job.timings, job.measure)
+            count = job.limits.slabs(device)
+            engine = Engine(device, make, size, count, writer, job.timings, job.measure)
             engine.fill(windows(plan.tensors, plan.stored, size, files))
             return writer.finish(files)
         finally:

@@ -22,7 +22,7 @@ from .cuts import Run
 from .feeds import Make
 from .launch import bound_moves, reducer
 from .limits import SLABS, threads
-from .slabs import Slab, Slabs
+from .slabs import Slabs
 from .timings import Timings
 from .windows import Window
 
@@ -52,6 +52,14 @@ class Filled:
         return self.host[place : place + run.nbytes]
 
 
+@dataclass
+class _Twin:
+    """A slab where windows are converted; `left` once its last window has been copied out."""
+
+    memory: torch.Tensor
+    left: torch.cuda.Event | None = None
+
+
 class Sink(Protocol):
     """Where converted windows go."""
 
@@ -66,7 +74,7 @@ class Sink(Protocol):
 
 @dataclass
 class Engine:
-    """Carries windows of at most `size` bytes to a sink.
+    """Carries windows of at most `size` bytes to a sink, through `count` slabs on the host.
 
     `make` makes moves on `device` ready; `measure` says if quantisation's errors are summed.
     """
@@ -74,13 +82,15 @@ class Engine:
     device: torch.device
     make: Make
     size: int
+    count: int
     sink: Sink
     timings: Timings = field(default_factory=Timings)
     measure: bool = False
 
     def __post_init__(self) -> None:
-        self.slabs = Slabs(SLABS, self.size, self.device)
+        self.slabs = Slabs(self.count, self.size, self.device)
         self.readers = ThreadPoolExecutor(threads(), "read")
+        self.twins = self._twins() if self.device.type == "cuda" else deque()
         self.streams = self._copy_streams() if self.device.type == "cuda" else []
         self._timed: deque[tuple[str, int, torch.cuda.Event, torch.cuda.Event]] = deque()
 
@@ -90,7 +100,7 @@ class Engine:
         Raises:
             FuseportError: a source cannot be read, or the sink failed.
         """
-        ahead: deque[tuple[Window, Slab, list[Future[int]]]] = deque()
+        ahead: deque[tuple[Window, torch.Tensor, list[Future[int]]]] = deque()
         for window in windows:
             ahead.append(self._start(window))
             if len(ahead) == _AHEAD:
@@ -106,6 +116,11 @@ class Engine:
         self._settle()
         self.slabs.release()
 
+    def _twins(self) -> deque[_Twin]:
+        """The GPU's own slabs, which windows take in turn."""
+        memory = torch.empty(SLABS, self.size, dtype=torch.uint8, device=self.device)
+        return deque(_Twin(part) for part in memory)
+
     def _copy_streams(self) -> list[torch.cuda.Stream]:
         """For the way in and the way out.
 
@@ -117,12 +132,12 @@ class Engine:
             stream.wait_stream(torch.cuda.current_stream(self.device))
         return streams
 
-    def _start(self, window: Window) -> tuple[Window, Slab, list[Future[int]]]:
+    def _start(self, window: Window) -> tuple[Window, torch.Tensor, list[Future[int]]]:
         slab = None
         while slab is None:
             self.sink.check()
             slab = self.slabs.take(_GLANCE)
-        tasks = (task for load in window.loads.loads for task in load.tasks(slab.host))
+        tasks = (task for load in window.loads.loads for task in load.tasks(slab))
         return window, slab, [self.readers.submit(self._read, task) for task in tasks]
 
     def _read(self, task: Callable[[], int]) -> int:
@@ -131,22 +146,22 @@ class Engine:
         self.timings.add("read", 0.0, nbytes)
         return nbytes
 
-    def _convert(self, window: Window, slab: Slab, reads: list[Future[int]]) -> None:
+    def _convert(self, window: Window, slab: torch.Tensor, reads: list[Future[int]]) -> None:
         for read in reads:
             read.result()
-        inward = self._bring(slab, window.loads.nbytes) if self.streams else None
-        moves, owners = bound_moves(window, slab.device, self.device)
+        twin = self._bring(slab, window.loads.nbytes) if self.streams else _Twin(slab)
+        moves, owners = bound_moves(window, twin.memory, self.device)
         # Tables go to the GPU here, and do not wait for the window's own bytes.
         copy = self.make(moves)
-        if inward is not None:
-            counts, ready = self._on_gpu(window, slab, copy, owners, inward)
+        if self.streams:
+            counts, ready = self._on_gpu(window, slab, twin, copy, owners)
         else:
             counts, ready = self._on_cpu(window, copy, owners), _nothing
         if window.measures:
             ready()
             self.slabs.give(slab)
             return
-        filled = Filled(window, slab.host, ready, counts)
+        filled = Filled(window, slab, ready, counts)
         self.sink.put(filled, lambda: self.slabs.give(slab))
 
     def _launch(self, window: Window, copy: Copy, owners: torch.Tensor) -> torch.Tensor:
@@ -165,31 +180,34 @@ class Engine:
         with self.timings.busy("kernel", window.nbytes):
             return self._launch(window, copy, owners)
 
-    def _bring(self, slab: Slab, nbytes: int) -> torch.cuda.Stream:
-        """Start a window's copy to the GPU."""
-        inward, _ = self.streams
+    def _bring(self, slab: torch.Tensor, nbytes: int) -> _Twin:
+        """Start a window's copy to a twin on the GPU, once that one's last window has left it."""
+        twin, (inward, _) = self.twins.popleft(), self.streams
+        self.twins.append(twin)
+        if twin.left is not None:
+            inward.wait_event(twin.left)
         with self._timed_on(inward, "to GPU", nbytes):
-            slab.device[:nbytes].copy_(slab.host[:nbytes], non_blocking=True)
-        return inward
+            twin.memory[:nbytes].copy_(slab[:nbytes], non_blocking=True)
+        return twin
 
     def _on_gpu(
-        self, window: Window, slab: Slab, copy: Copy, owners: torch.Tensor,
-        inward: torch.cuda.Stream,
-    ) -> tuple[torch.Tensor, Callable[[], object]]:  # fmt: skip
+        self, window: Window, slab: torch.Tensor, twin: _Twin, copy: Copy, owners: torch.Tensor
+    ) -> tuple[torch.Tensor, Callable[[], object]]:
         """The launches, and one copy out; nothing waits for the GPU here."""
-        current, (_, outward) = torch.cuda.current_stream(self.device), self.streams
+        current, (inward, outward) = torch.cuda.current_stream(self.device), self.streams
         split, end = window.loads.nbytes, window.nbytes
         current.wait_stream(inward)
         with self._timed_on(current, "kernel", end):
             counts = self._launch(window, copy, owners)
         outward.wait_stream(current)
         with self._timed_on(outward, "from GPU", end - split):
-            slab.host[split:end].copy_(slab.device[split:end], non_blocking=True)
+            slab[split:end].copy_(twin.memory[split:end], non_blocking=True)
             host = counts.to("cpu", non_blocking=True)
         counts.record_stream(outward)
         # A thread of the sink waits for it, and must not take a processor up meanwhile.
         landed = torch.cuda.Event(blocking=True)
         landed.record(outward)
+        twin.left = landed
 
         def ready() -> None:
             with on(self.device):

@@ -18,9 +18,13 @@ MIB = 1 << 20
 BASE = 768 * MIB
 # Slabs: one is read into, one is converted, one is written.
 SLABS = 3
+# Beside a GPU: so that there is always something to write into each of the files.
+_MOST_SLABS = 8
 # Beside its slabs, a GPU holds tables, and copies of what must be gathered before it is scaled.
 _GPU_SHARES = 2 * SLABS
 _SMALLEST, _LARGEST = 4 * MIB, 256 * MIB
+# Files that are filled at the same time, where there are so many processors.
+MOST_FILES = 16
 # Slabs lie one behind the other, and each has to begin where any element may.
 PAGE = 4096
 
@@ -56,9 +60,14 @@ class Limits:
             size = min(size, self.gpu_memory // _GPU_SHARES)
         return size // PAGE * PAGE
 
+    def slabs(self, device: torch.device) -> int:
+        """Slabs on the host. Beside a GPU, which is never waited for, most of them are written."""
+        most = _MOST_SLABS if device.type == "cuda" else SLABS
+        return min(most, (self.host_memory - BASE) // self.window(device))
+
     def peak(self, device: torch.device) -> int:
         """The most host memory that a conversion takes, in bytes."""
-        return BASE + SLABS * self.window(device)
+        return BASE + self.slabs(device) * self.window(device)
 
 
 _UNITS = {
@@ -79,6 +88,6 @@ def parse_size(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2].upper()])
 
 
-def threads() -> int:
+def threads(most: int = 8) -> int:
     """Threads of a stage that waits for the disk."""
-    return max(2, min(8, len(os.sched_getaffinity(0))))
+    return max(2, min(most, len(os.sched_getaffinity(0))))

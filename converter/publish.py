@@ -48,7 +48,13 @@ class Partial:
 
 @contextmanager
 def publish(
-    out: Path, identity: Identity, *, needed: int, overwrite: bool = False, resume: bool = False
+    out: Path,
+    identity: Identity,
+    *,
+    needed: int,
+    overwrite: bool = False,
+    resume: bool = False,
+    durable: bool = True,
 ) -> Iterator[Partial]:
     """A partial directory beside `out` that becomes `out` if the block ends well.
 
@@ -60,6 +66,7 @@ def publish(
         needed: bytes of the result.
         overwrite: replace `out`.
         resume: go on with what a killed run left.
+        durable: False leaves fsync out, for benchmarks.
 
     Raises:
         OutputError: `out` exists (and `overwrite` is off, or it holds what was not written here),
@@ -71,12 +78,12 @@ def publish(
         recover(out)
         _check_destination(out, overwrite)
         out.parent.mkdir(parents=True, exist_ok=True)
-        with _begin(out, identity, resume) as partial:
+        with _begin(out, identity, resume, durable) as partial:
             done = sum(result.nbytes for result in partial.finished.values())
             _check_space(out.parent, needed - done)
             yield partial
             shutil.rmtree(partial.path / _NOTES)
-            _replace(partial.path, out, overwrite)
+            _replace(partial.path, out, overwrite, durable)
     except OSError as error:
         kept = "what was finished is kept for --resume" if resume else "nothing was kept"
         raise OutputError(f"cannot write {out}: {error.strerror or error}; {kept}") from error
@@ -102,7 +109,7 @@ def _remove(directory: Path) -> None:
 
 
 @contextmanager
-def _begin(out: Path, identity: Identity, resume: bool) -> Iterator[Partial]:
+def _begin(out: Path, identity: Identity, resume: bool, durable: bool) -> Iterator[Partial]:
     left = [one for one in _beside(out, "partial") if (one / _NOTES / _RUN).is_file()]
     path = _to_resume(left, identity) if resume else None
     if not resume:
@@ -118,7 +125,7 @@ def _begin(out: Path, identity: Identity, resume: bool) -> Iterator[Partial]:
     try:
         if is_new:
             (path / _NOTES).mkdir()
-            write_json(path / _NOTES / _RUN, identity)
+            write_json(path / _NOTES / _RUN, identity, durable=durable)
         yield Partial(path, _finished(path))
     finally:
         if not resume:
@@ -240,18 +247,20 @@ def _check_space(directory: Path, needed: int) -> None:
         )
 
 
-def _replace(partial: Path, out: Path, overwrite: bool) -> None:
+def _replace(partial: Path, out: Path, overwrite: bool, durable: bool) -> None:
     """Rename into place.
 
     A directory that another process put there in the meantime is an OSError.
     """
-    sync(partial)
+    if durable:
+        sync(partial)
     old = out.with_name(f"{out.name}.old-{secrets.token_hex(4)}")
     if not (overwrite and out.exists()):
         partial.rename(out)
     elif not _exchange(partial, out):
         _step_aside(partial, out, old)
-    sync(out.parent)
+    if durable:
+        sync(out.parent)
     for replaced in (old, partial):
         shutil.rmtree(replaced, ignore_errors=True)
 

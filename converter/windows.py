@@ -16,12 +16,10 @@ import torch
 
 from .cuts import Cut, Run, cuts, read_bytes
 from .errors import RecipeError
+from .limits import MOST_FILES, threads
 from .loads import ALIGNMENT, SLACK, Loads, plan_loads
 from .plan import Planned, storage_key
 from .sources.stored import Stored
-
-# Files that are filled at the same time.
-FILES_AT_ONCE = 8
 
 
 @dataclass(frozen=True)
@@ -110,7 +108,7 @@ def in_turns(all_units: Iterable[Unit]) -> Iterator[Unit]:
         queues.setdefault(unit.members[0].rank, []).append(unit)
     waiting = iter(queues.values())
     active = [(0, number, iter(queue)) for number, queue in
-              enumerate(itertools.islice(waiting, FILES_AT_ONCE))]  # fmt: skip
+              enumerate(itertools.islice(waiting, threads(MOST_FILES)))]  # fmt: skip
     number = len(active)
     while active:
         done, own, queue = heapq.heappop(active)

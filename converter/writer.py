@@ -1,8 +1,10 @@
 """Files of a partial directory, filled by threads at their places.
 
 A file is preallocated, gets its data in any order, and its header last, once the data is on the
-disk: before that nothing loads it. Digests are of tensors, taken while the bytes are in memory; a
-file's is that of its header and its tensors' digests in order, so no byte is read again.
+disk: before that nothing loads it. The system lets one thread at a time into a file, so several
+files are written at once, each by few threads. Digests are of tensors, taken while the bytes are
+in memory, of several tensors at once; a file's is that of its header and its tensors' digests in
+order, so no byte is read again.
 """
 
 from __future__ import annotations
@@ -10,9 +12,10 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,11 +25,14 @@ from .checkpoint import FileImage, file_digest_of, raw_bytes, write_all
 from .cuts import Run
 from .engine import Filled
 from .errors import FuseportError
-from .limits import threads
+from .lanes import Lanes, Task
+from .limits import MOST_FILES, threads
 from .timings import Timings
 
 # Bytes of one positioned write.
 PART = 8 << 20
+# Threads that write one file: while one copies, another one gets ready.
+_A_FILE = 2
 # File systems that cannot preallocate; the length is set instead.
 _NO_PREALLOCATION = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 
@@ -52,13 +58,9 @@ class _Open:
         self.handle = os.open(path, os.O_CREAT | os.O_TRUNC | os.O_RDWR | os.O_CLOEXEC, 0o644)
         self.digests: dict[str, xxhash.xxh3_128] = {}
         self.result = FileResult(image.nbytes)
-        try:
-            self._reserve()
-        except BaseException:
-            os.close(self.handle)
-            raise
 
-    def _reserve(self) -> None:
+    def reserve(self) -> None:
+        """Have the file's space, before its bytes or beside them."""
         try:
             os.posix_fallocate(self.handle, 0, self.image.nbytes)
         except OSError as error:
@@ -85,6 +87,26 @@ class _Open:
         self.result.tensors = {n: empty if d is None else d.hexdigest() for n, d in names.items()}
         self.result.digest = file_digest_of(self.image, self.result.tensors)
         return self.result
+
+
+class _Landing:
+    """Counts a window's pieces of work; the last one that ends calls `conclude`."""
+
+    def __init__(self, conclude: Callable[[], None]) -> None:
+        self._conclude, self._left, self._lock = conclude, 1, threading.Lock()
+
+    def begin(self) -> None:
+        """One more piece, beside the first."""
+        with self._lock:
+            self._left += 1
+
+    def end(self) -> None:
+        """A piece is done."""
+        with self._lock:
+            self._left -= 1
+            is_last = not self._left
+        if is_last:
+            self._conclude()
 
 
 class Writer:
@@ -114,18 +136,24 @@ class Writer:
         self.results: dict[int, FileResult] = {}
         self._files: dict[int, _Open] = {}
         self._lock = threading.Lock()
+        self._settled = threading.Condition()
+        self._on_their_way = 0
         self._done = 0
         self._error: list[BaseException] = []
-        self._digest = ThreadPoolExecutor(1, "digest")
-        self._finish = ThreadPoolExecutor(1, "finish")
-        self._write = ThreadPoolExecutor(threads(), "write")
+        self._stopped = False
+        self._land = ThreadPoolExecutor(1, "land")
+        # By file, and by tensor: a digest takes a tensor's bytes in order.
+        self._write = Lanes(threads(MOST_FILES), _A_FILE, "write")
+        self._digest = Lanes(threads(), 1, "digest")
         self._fsync = ThreadPoolExecutor(4, "fsync")
         self._syncs: list[Future[None]] = []
 
     def put(self, filled: Filled, done: Callable[[], None]) -> None:
         """Write and digest a window in the background."""
-        landed = self._digest.submit(self._land, filled)
-        self._finish.submit(self._conclude, filled, landed, done)
+        with self._settled:
+            self._on_their_way += 1
+        landing = _Landing(partial(self._conclude, filled, done))
+        self._land.submit(self._step, landing, partial(self._hand_out, filled, landing))
 
     def check(self) -> None:
         """Report progress.
@@ -146,12 +174,12 @@ class Writer:
         Raises:
             OSError, FuseportError: as `check`; a file lacks bytes.
         """
-        self._digest.shutdown()
-        self._finish.shutdown()
+        with self._settled:
+            self._settled.wait_for(lambda: self._on_their_way == 0)
         for number in files:
             # What has no elements at all is never met on the way.
             if number not in self._files and not self._error:
-                self._open(number)
+                self._open(number).reserve()
                 self._end_if_full(number)
         for sync in list(self._syncs):
             sync.result()
@@ -162,8 +190,11 @@ class Writer:
 
     def close(self) -> None:
         """End the threads and close the files, whatever their state."""
-        for pool in (self._digest, self._write, self._finish, self._fsync):
-            pool.shutdown(cancel_futures=True)
+        self._stopped = True
+        self._land.shutdown(cancel_futures=True)
+        self._write.close()
+        self._digest.close()
+        self._fsync.shutdown(cancel_futures=True)
         for file in self._files.values():
             if file.handle >= 0:
                 os.close(file.handle)
@@ -175,38 +206,60 @@ class Writer:
             self._files[number] = _Open(self.directory / image.name, image)
         return self._files[number]
 
-    def _land(self, filled: Filled) -> list[Future[None]]:
-        """Hand a window's bytes to the writing threads, and digest them meanwhile."""
+    def _hand_out(self, filled: Filled, landing: _Landing) -> None:
+        """Hand a window's bytes, once they are there, to the threads: the writing ones first."""
         filled.ready()
-        runs = list(zip(filled.window.runs, filled.window.places.values(), strict=True))
-        pieces = [(self._open(run.planned.rank), run, filled.bytes_of(run, at)) for run, at in runs]
-        writes = [
-            self._write.submit(self._put, file, offset, part)
-            for file, run, data in pieces
-            for offset, part in _parts(file.image, run, data)
-        ]
-        for file, run, data in pieces:
-            with self.timings.busy("digest", run.nbytes):
-                file.update(run, data)
-        return writes
+        runs = zip(filled.window.runs, filled.window.places.values(), strict=True)
+        pieces = [(run, filled.bytes_of(run, at)) for run, at in runs]
+        for run, data in pieces:
+            self._hand_to_writers(run, data, landing)
+        for run, data in pieces:
+            lane = run.planned.rank, run.planned.name
+            self._submit(self._digest, lane, landing, partial(self._take_in, run, data))
+
+    def _hand_to_writers(self, run: Run, data: torch.Tensor, landing: _Landing) -> None:
+        number = run.planned.rank
+        is_new, file = number not in self._files, self._open(number)
+        if is_new:
+            self._submit(self._write, number, landing, file.reserve)
+        for offset, part in _parts(file.image, run, data):
+            self._submit(self._write, number, landing, partial(self._put, file, offset, part))
+
+    def _submit(self, lanes: Lanes, lane: Hashable, landing: _Landing, task: Task) -> None:
+        landing.begin()
+        lanes.submit(lane, partial(self._step, landing, task))
+
+    def _step(self, landing: _Landing, task: Task) -> None:
+        """A piece of a window's work; what it raises makes the others be left out."""
+        try:
+            if not (self._error or self._stopped):
+                task()
+        except BaseException as error:
+            self._error.append(error)
+        finally:
+            landing.end()
+
+    def _take_in(self, run: Run, data: torch.Tensor) -> None:
+        with self.timings.busy("digest", run.nbytes):
+            self._files[run.planned.rank].update(run, data)
 
     def _put(self, file: _Open, offset: int, data: torch.Tensor) -> None:
-        if self._error:
-            return
         with self.timings.busy("write", data.numel()):
             write_all(file.handle, raw_bytes(data), offset)
 
-    def _conclude(
-        self, filled: Filled, landed: Future[list[Future[None]]], done: Callable[[], None]
-    ) -> None:
+    def _conclude(self, filled: Filled, done: Callable[[], None]) -> None:
+        """All of a window's work is done, or was left out after an error."""
         try:
-            for write in landed.result():
-                write.result()
-            self._account(filled)
+            if not (self._error or self._stopped):
+                with self._lock:
+                    self._account(filled)
         except BaseException as error:
             self._error.append(error)
         finally:
             done()
+            with self._settled:
+                self._on_their_way -= 1
+                self._settled.notify_all()
 
     def _account(self, filled: Filled) -> None:
         for cut, own in zip(filled.window.cuts, filled.lost.tolist(), strict=True):
@@ -217,8 +270,7 @@ class Writer:
                 lost[name] = [a + b for a, b in zip(before, own, strict=True)]
         for run in filled.window.runs:
             self._files[run.planned.rank].missing -= run.nbytes
-            with self._lock:
-                self._done += run.nbytes
+            self._done += run.nbytes
         for number in dict.fromkeys(run.planned.rank for run in filled.window.runs):
             self._end_if_full(number)
 

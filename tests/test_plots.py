@@ -34,7 +34,7 @@ SUITES = {
         row("a model", "warm launch"),
     ),
     "export": section(
-        row("to disk", "fuseport, 8 files", details={"busy kernel": 1.0, "busy write": 2.0}),
+        row("to disk, 8 files", "fuseport", details={"busy kernel": 1.0, "busy write": 2.0}),
         row("to disk", "another", share=None, details={"first_call": 3.0}),
     ),
     "scaling": section(
@@ -70,7 +70,7 @@ def test_every_figure_has_its_place_and_its_source(tmp_path: Path) -> None:
         assert "A Card 9000, torch 0.1, triton 0.2, 1999-12-31, `made up`" in text
     for word in ("0.97", "0.13", "0.89", "expert rank", "eager", "128 × 128 scales"):
         assert word in plots["peers"]
-    for word in ("a model", "tables", "fuseport, 8 files", "write", "stages overlap"):
+    for word in ("a model", "tables", "to disk, 8 files", "write", "stages overlap"):
         assert word in plots["stages"]
     assert "another" not in plots["stages"]
     for word in ("warm launch", "first call", "tensor parallel size"):
