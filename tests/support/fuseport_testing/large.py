@@ -3,7 +3,7 @@
     PYTHONPATH=tests/support python -m fuseport_testing.large DIRECTORY LAYERS [options]
 
 The most private memory is sampled from the system's RssAnon; VmHWM is its own maximum, files of
-the page cache that are mapped included.
+the page cache that are mapped included. On a GPU, what torch reserved there at most is said too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,19 @@ import time
 from pathlib import Path
 
 from .sparse import write_sparse
+
+
+CODE = """
+import atexit, torch
+from fuseport.converter.cli import main
+
+def say():
+    print(f"on the GPU at most {torch.cuda.max_memory_reserved() / (1 << 20):.0f} MiB")
+
+if torch.cuda.is_available():
+    atexit.register(say)
+main()
+"""
 
 
 def status(process: int) -> dict[str, int]:
@@ -32,10 +45,9 @@ def main() -> None:
     source = directory / "source"
     if not source.exists():
         write_sparse(source, hidden=8192, ffn=28672, layers=layers, vocab=128256)
-    code = "from fuseport.converter.cli import main; main()"
     begin = time.monotonic()
     run = subprocess.Popen(
-        [sys.executable, "-c", code, "convert", source, directory / "out", "--timings", *options]
+        [sys.executable, "-c", CODE, "convert", source, directory / "out", "--timings", *options]
     )
     peaks: dict[str, int] = {}
     while run.poll() is None:
