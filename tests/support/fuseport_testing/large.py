@@ -15,7 +15,6 @@ from pathlib import Path
 
 from .sparse import write_sparse
 
-
 CODE = """
 import atexit, torch
 from fuseport.converter.cli import main
