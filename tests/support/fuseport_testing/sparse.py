@@ -90,10 +90,13 @@ def _boxes(shape: Shape) -> list[tuple[Shape, Shape]]:
 
 
 class _Holes:
-    """A file that skips zeros instead of writing them."""
+    """A file's rest as a file of its own, which skips zeros instead of writing them.
+
+    Offsets count from where it begins, as they do in torch's zips.
+    """
 
     def __init__(self, file: IO[bytes]) -> None:
-        self._file = file
+        self._file, self._start = file, file.tell()
 
     def write(self, data: bytes) -> int:
         if len(data) > 4096 and data == ZEROS[: len(data)]:
@@ -101,8 +104,15 @@ class _Holes:
             return len(data)
         return self._file.write(data)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
+    def tell(self) -> int:
+        return self._file.tell() - self._start
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        first = self._start if whence == os.SEEK_SET else 0
+        return self._file.seek(first + offset, whence) - self._start
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 class _Described:
@@ -136,10 +146,10 @@ def _write_chunk(file: IO[bytes], shape: Shape) -> tuple[int, int]:
     description = io.BytesIO()
     _Pickler(description, protocol=2).dump(_Described(shape))
     nbytes = math.prod(shape) * 2
-    with zipfile.ZipFile(cast("IO[bytes]", _Holes(file)), "a") as archive:
+    with zipfile.ZipFile(cast("IO[bytes]", _Holes(file)), "w") as archive:
         archive.writestr("archive/data.pkl", description.getvalue())
         archive.writestr("archive/byteorder", b"little")
-        with archive.open("archive/data/0", "w") as record:
+        with archive.open("archive/data/0", "w", force_zip64=nbytes >= 1 << 32) as record:
             record.write(VALUES[:nbytes])
             left = nbytes - min(len(VALUES), nbytes)
             while left >= len(ZEROS):
