@@ -30,8 +30,8 @@ def give_back() -> None:
 class Bench:
     """One session: the device, the copy's rate and the rows by suite."""
 
-    def __init__(self, directory: Path | None) -> None:
-        self.directory = directory
+    def __init__(self, directory: Path | None, launches: bool) -> None:
+        self.directory, self.launches = directory, launches
         self.device = default_device()
         self.rate = 0.0
         self.rows: dict[str, list[Row]] = {}
@@ -94,23 +94,25 @@ class Timed:
         row = Row(
             case, scheme, way, nbytes, times.median, times.iqr, len(times.data),
             nbytes / times.median / self.bench.rate,
-            # Last: a profiler may leave launches slower than they were.
-            launches(run), extra, times.median / own if own else None, self.bench.rate,
-            dict(details),
+            launches(run) if self.bench.launches else None, extra,
+            times.median / own if own else None, self.bench.rate, dict(details),
         )  # fmt: skip
         self.bench.add(self.suite, row)
         return row
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """--results, --directory."""
+    """--results, --launches, --directory."""
     parser.addoption("--results", type=Path, help="directory of <card>.json; by default none")
+    parser.addoption(
+        "--launches", action="store_true", help="count launches by a profiler, which slows the rest"
+    )
     parser.addoption("--directory", type=Path, help="where checkpoints are written")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """One session's rows."""
-    config.stash[RESULTS] = Bench(config.getoption("--results"))
+    config.stash[RESULTS] = Bench(config.getoption("--results"), config.getoption("--launches"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

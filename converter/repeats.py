@@ -16,10 +16,15 @@ from fuseport.kernels.move import Move, distinct_amaxes
 from fuseport.kernels.repeats import Repeat, Time
 
 from . import collector
-from .alike import Alike, looks_of
+from .alike import ALIGNED, Alike, looks_of
 from .layout import Flat, Layout, leaves
 from .quantise import Builder
 from .targets.parts import TargetTensor
+
+# Shape, dtype and bytes.
+Memory = tuple[tuple[int, ...], torch.dtype, int]
+# So many tensors of up to so many bytes are allocated together: that takes as long as one of them.
+_TOGETHER, _SMALL = 64, 64 << 10
 
 
 @dataclass
@@ -41,7 +46,7 @@ class _Pattern:
     moves: Sequence[Move]
     outputs: Sequence[torch.Tensor]
     amaxes: Sequence[torch.Tensor]
-    memory: Sequence[tuple[tuple[int, ...], torch.dtype]]
+    memory: Sequence[Memory]
     sources: Sequence[torch.Tensor]
     reads: Sequence[int]
 
@@ -69,6 +74,7 @@ class Repeats:
         self._numbers: dict[Hashable, int] = {}
         # By the layout's identity: layers that are alike have the same ones.
         self._looks: dict[int, _Look] = {}
+        self._small: dict[Memory, list[torch.Tensor]] = {}
 
     @collector.paused()
     def work(self, targets: Sequence[TargetTensor]) -> Work:
@@ -124,7 +130,7 @@ class Repeats:
         # Parts without elements have no moves: those that are left could not be told apart.
         if views and len(views) == len(moves) and all(view.numel() for view in views):
             outputs = [one.dst for one in planned]
-            memory = [(tuple(dst.shape), dst.dtype) for dst in outputs]
+            memory = [(tuple(dst.shape), dst.dtype, dst.nbytes) for dst in outputs]
             sources = self._sources(part, look)
             self._patterns[key] = _Pattern(
                 moves, outputs, distinct_amaxes(moves), memory, sources, look.reads
@@ -135,12 +141,22 @@ class Repeats:
     ) -> Time:
         """Memory and names for what follows a pattern."""
         make = self._make
-        outputs = [make.allocate(shape, dtype=dtype) for shape, dtype in pattern.memory]
+        outputs = [self._allocate(memory) for memory in pattern.memory]
         work.filled += [(part.rank, *pair) for pair in zip(names, outputs, strict=True)]
         amaxes = [make.amax(part, expert) for expert in range(len(pattern.amaxes))]
         scale = 1.0 if part.quant is None else part.quant.quant_scale
         assert isinstance(scale, float)
         return Time([*outputs, *amaxes], self._sources(part, look), scale)
+
+    def _allocate(self, memory: Memory) -> torch.Tensor:
+        """A tensor; of small ones, norms and scales, many at once."""
+        shape, dtype, nbytes = memory
+        if nbytes > _SMALL or nbytes % ALIGNED:
+            return self._make.allocate(shape, dtype=dtype)
+        if not self._small.get(memory):
+            stack = self._make.allocate((_TOGETHER, *shape), dtype=dtype)
+            self._small[memory] = list(stack.unbind(0))
+        return self._small[memory].pop()
 
     def _sources(self, part: TargetTensor, look: _Look) -> list[torch.Tensor]:
         return [self._alike.own(part.layer, one) for one in look.sources]
