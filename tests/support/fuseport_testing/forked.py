@@ -63,6 +63,11 @@ class Process:
             assert time.monotonic() < deadline, "the process says nothing"
             time.sleep(0.01)
 
+    def send_signal(self, number: int) -> None:
+        """As `subprocess.Popen` has it."""
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
+
     def end(self, timeout: float) -> subprocess.CompletedProcess[str]:
         """Wait for the end; raises subprocess.TimeoutExpired, and has then killed the process."""
         self._process.join(timeout)
@@ -144,6 +149,10 @@ def _begin(
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
+    if "fuseport.converter.convert" in sys.modules:
+        from .interpreter import remember_builtins
+
+        remember_builtins()
     if ranks:
         _launch(ranks, arguments)
     else:
