@@ -226,7 +226,7 @@ def run(scenario: Scenario, process: int, counter: Counter) -> str:
                 held[name] = value
             else:
                 held[name].copy_(value)
-        expected = convert_state_dict(state, spec, scenario.recipe, backend="torch")[rank]
+        expected = convert_state_dict(state, spec, scenario.recipe)[rank]
         counter.sent = 0
         (found,) = refit.run()
         assert_same_bits(found, expected)
