@@ -7,12 +7,14 @@ roundings). These can be checked for every architecture on any machine that has 
 
 from __future__ import annotations
 
+import io
 import re
 import subprocess
 import tempfile
 from collections.abc import Collection, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from types import MappingProxyType
 
 import triton
@@ -35,26 +37,32 @@ class Assembly:
     """The code of one kernel for one architecture, and what can be read off it.
 
     `load_widths` and `store_widths` are the bytes that one thread moves in each global access
-    instruction, in the order of the PTX. `sass` is None where there is no disassembler;
-    `local_accesses` then comes out as 0, and `stack_bytes` still tells of local memory.
+    instruction, in the order of the PTX. The assembler says how much local memory a thread has;
+    `local_accesses` counts the instructions, for which the code is disassembled (half a second),
+    and is None where there is no disassembler.
     """
 
     arch: int
     ptx: str
-    sass: str | None
+    cubin: bytes
     load_widths: tuple[int, ...]
     store_widths: tuple[int, ...]
     registers: int
     stack_bytes: int
     spill_store_bytes: int
     spill_load_bytes: int
-    local_accesses: int
     fp8_through_fp16: bool
 
     @property
     def uses_local_memory(self) -> bool:
         """Whether anything spills, or an array did not fit the registers."""
-        return self.stack_bytes + self.spill_store_bytes + self.local_accesses > 0
+        return self.stack_bytes + self.spill_store_bytes > 0
+
+    @cached_property
+    def local_accesses(self) -> int | None:
+        """Instructions that read or write local memory: none without a frame on the stack."""
+        sass = _disassemble(self.cubin)
+        return None if sass is None else len(_LOCAL_SASS.findall(sass))
 
 
 def compile_kernel(
@@ -76,8 +84,16 @@ def compile_kernel(
     """
     source = source_of(fn, signature, constexprs, divisible)
     target = GPUTarget("cuda", arch, WARP_SIZE)
-    compiled = triton.compile(source, target=target, options=dict(options))
-    return _describe(arch, compiled.asm["ptx"], compiled.asm["cubin"])
+    # A kernel out of the cache has no log.
+    with (
+        redirect_stdout(io.StringIO()) as log,
+        knobs.compilation.scope(),
+        knobs.nvidia.scope(),
+    ):
+        knobs.compilation.always_compile = True
+        knobs.nvidia.dump_ptxas_log = True
+        compiled = triton.compile(source, target=target, options=dict(options))
+    return _describe(arch, compiled.asm["ptx"], compiled.asm["cubin"], log.getvalue())
 
 
 def source_of(
@@ -99,20 +115,18 @@ def source_of(
     return ASTSource(fn, ordered, dict(constexprs), hints)
 
 
-def _describe(arch: int, ptx: str, cubin: bytes) -> Assembly:
-    sass = _disassemble(cubin)
-    log = _assembler_log(arch, ptx)
+def _describe(arch: int, ptx: str, cubin: bytes, log: str) -> Assembly:
+    """`log` is what the assembler says of registers and local memory."""
     return Assembly(
         arch=arch,
         ptx=ptx,
-        sass=sass,
+        cubin=cubin,
         load_widths=access_widths(ptx, "ld"),
         store_widths=access_widths(ptx, "st"),
         registers=_number(r"Used (\d+) registers", log),
         stack_bytes=_number(r"(\d+) bytes stack frame", log),
         spill_store_bytes=_number(r"(\d+) bytes spill stores", log),
         spill_load_bytes=_number(r"(\d+) bytes spill loads", log),
-        local_accesses=len(_LOCAL_SASS.findall(sass or "")),
         fp8_through_fp16=_FP8_FROM_FP16.search(ptx) is not None,
     )
 
@@ -141,19 +155,6 @@ def _number(pattern: str, log: str) -> int:
     if found is None:
         raise ValueError(f"the assembler's log does not say {pattern!r}:\n{log}")
     return int(found[1])
-
-
-def _assembler_log(arch: int, ptx: str) -> str:
-    """Assemble once more with -v: the compiler keeps the spill counts to itself."""
-    # The assembler for this generation came with triton 3.5 as a program of its own.
-    tool = knobs.nvidia.ptxas_blackwell if arch >= 100 else knobs.nvidia.ptxas
-    name = re.search(r"^\s*\.target\s+(\w+)", ptx, re.MULTILINE)
-    assert name is not None, "PTX always names its target"
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "kernel.ptx")
-        source.write_text(ptx)
-        command = [tool.path, "-v", f"--gpu-name={name[1]}", str(source), "-o", f"{folder}/cubin"]
-        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 def _disassemble(cubin: bytes) -> str | None:

@@ -25,6 +25,11 @@ if not torch.cuda.is_available():
 # `kernels` folder must not become importable under that name.
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
+if "TRITON_INTERPRET" in os.environ:
+    from fuseport_testing.interpreter import remember_builtins
+
+    remember_builtins()
+
 if TYPE_CHECKING:
     from fuseport_testing import command
     from fuseport_testing.megatron_models import Run

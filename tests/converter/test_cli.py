@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import pytest
-from fuseport_testing.command import MAIN, Run, run_process, start
+from fuseport_testing.command import MAIN, Run, run_process
+from fuseport_testing.forked import Process
 from fuseport_testing.tiny import ITERATION, SPEC, tiny_weights, write_tiny
 
 from fuseport.converter.limits import parse_size
@@ -38,7 +39,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("s") / "tiny")
 
 
-def test_demo_shows_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_demo_shows_the_whole_way(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     out, err = run_process("demo")
     assert not err
@@ -46,7 +49,7 @@ def test_demo_shows_the_whole_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         assert word in out
     assert sorted(os.listdir("out/demo")) == ["megatron", "trtllm"]
     # A second time it replaces what it made.
-    run_process("demo", "out/demo", "--tp", 4)
+    run("demo", "out/demo", "--tp", 4)
     assert len(list(Path("out/demo/trtllm").glob("rank*"))) == 4
 
 
@@ -202,22 +205,28 @@ def test_overflow_is_warned_about(run: Run, tmp_path: Path) -> None:
     assert err.startswith("warning: 1 values in 1 tensors exceed their format")
 
 
-def test_names_with_brackets_and_a_log_in_ascii(source: Path, tmp_path: Path) -> None:
+def test_names_with_brackets_and_a_log_in_ascii(run: Run, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "o[/red]"
     run_process("convert", source, out, PYTHONIOENCODING="ascii")
-    assert "o[/red]" in "".join(run_process("inspect", out)[0].split())
-    assert "o[/red]" in "".join(run_process("verify", out)[0].split())
+    assert "o[/red]" in "".join(run("inspect", out)[0].split())
+    assert "o[/red]" in "".join(run("verify", out)[0].split())
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_leaves_nothing(number: signal.Signals, source: Path, tmp_path: Path) -> None:
-    process = start("convert", source, tmp_path / "out", code=SLOW + MAIN)
+    program = tmp_path / "program" / "slow.py"
+    program.parent.mkdir()
+    program.write_text(SLOW + MAIN)
+    place = tmp_path / "place"
+    place.mkdir()
+    command = (str(program), "convert", str(source), str(place / "out"))
+    process = Process(*command, environment=dict(os.environ))
     until = time.monotonic() + 60
-    while not (tmp_path / "begun").exists() and time.monotonic() < until:
+    while not (place / "begun").exists() and time.monotonic() < until:
         time.sleep(0.05)
     process.send_signal(number)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 128 + number
-    assert "Traceback" not in err
-    assert f"stopped by {number.name}; OUT is as it was" in err
-    assert os.listdir(tmp_path) == ["begun"]
+    done = process.end(60)
+    assert done.returncode == 128 + number
+    assert "Traceback" not in done.stderr
+    assert f"stopped by {number.name}; OUT is as it was" in done.stderr
+    assert os.listdir(place) == ["begun"]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +12,7 @@ import fuseport_testing
 import pytest
 import torch
 from fuseport_testing.cases import BY_NAME, Case, megatron_args, some_tokens
+from fuseport_testing.forked import torchrun
 from fuseport_testing.handmade import trtllm_config
 from fuseport_testing.megatron_models import Run, run_workers
 from fuseport_testing.megatron_reference import shard_of, stage_of
@@ -41,12 +40,9 @@ def convert_in_processes(
     plain |= {"gated_linear_unit": case.gated, "num_query_groups": case.query_groups}
     plain |= {"moe_layer_freq": facts["moe_layer_freq"]}
     torch.save(plain, out / "config.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(tp * pp), str(WORKER), str(out), str(tp), str(pp)]
+    words = (str(WORKER), str(out), str(tp), str(pp), str(case.vocab))
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(case.vocab)], env=environment, capture_output=True, text=True, timeout=120
-    )
+    done = torchrun(tp * pp, *words, environment=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     (out / "config.json").write_text(json.dumps(trtllm_config(case, tp, pp, True)))
 

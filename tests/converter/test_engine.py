@@ -265,21 +265,22 @@ def test_every_stage_is_timed(tmp_path: Path) -> None:
     assert timings.stages["write"].nbytes == timings.stages["digest"].nbytes == data
 
 
-# Prints the most memory that the process ever held, as the system counts it.
+# Prints the most memory that the process has held so far, as the system counts it.
 BOUNDED = """
 import sys
 from pathlib import Path
 from fuseport.converter import Recipe, convert_checkpoint, verify_checkpoint
 from fuseport.converter.limits import Limits
-source, out, target, quant, bound, what = sys.argv[1:]
+source, out, target, quant, bound = sys.argv[1:]
 recipe = Recipe(target=target, quant=quant, tp_size=2 if target == "trtllm" else 1)
 limits = Limits(host_memory=int(bound))
-if what == "convert":
-    convert_checkpoint(Path(source), Path(out), recipe, limits=limits, device="cpu")
-else:
-    verify_checkpoint(Path(out), Path(source), limits=limits)
-text = Path("/proc/self/status").read_text()
-print("peak", next(line.split()[1] for line in text.splitlines() if line.startswith("VmHWM")))
+def peak():
+    text = Path("/proc/self/status").read_text()
+    return next(line.split()[1] for line in text.splitlines() if line.startswith("VmHWM"))
+convert_checkpoint(Path(source), Path(out), recipe, limits=limits, device="cpu")
+print("convert", peak())
+verify_checkpoint(Path(out), Path(source), limits=limits)
+print("verify", peak())
 """
 
 
@@ -291,13 +292,12 @@ def test_memory_stays_below_the_bound(target: str, quant: str, tmp_path: Path) -
     """A model of 0.6 GB, of which single weights are larger than a window."""
     source = write_sparse(tmp_path / "s", hidden=4096, ffn=14336, layers=1, vocab=8192)
     bound = BASE + (128 << 20)
+    done = subprocess.run(
+        [sys.executable, "-c", BOUNDED, source, tmp_path / "out", target, quant, str(bound)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
     for what in ("convert", "verify"):
-        done = subprocess.run(
-            [sys.executable, "-c", BOUNDED, source, tmp_path / "out", target, quant, str(bound),
-             what],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        match = re.search(r"peak (\d+)", done.stdout)
+        match = re.search(rf"{what} (\d+)", done.stdout)
         assert match is not None
         assert int(match[1]) << 10 < bound, what

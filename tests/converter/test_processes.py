@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import socket
 import subprocess
-import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import fuseport_testing
 import pytest
+from fuseport_testing.forked import Process, torchrun, torchrun_afresh
 from fuseport_testing.tiny import write_tiny
 
 from fuseport.converter import Recipe, convert_checkpoint
@@ -18,6 +19,7 @@ from fuseport.converter.group import shares
 
 SUPPORT = Path(fuseport_testing.__path__[0]).parent
 LIMIT = 30.0
+SMALL_FILES = ("--shard-size", "3000")
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -35,25 +37,27 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("processes", "options", "recipe"),
+    ("launch", "processes", "options", "recipe"),
     [
-        (2, ["--tp", "4"], Recipe(tp_size=4)),
-        (4, ["--tp", "4"], Recipe(tp_size=4)),
+        (torchrun_afresh, 2, ["--tp", "4"], Recipe(tp_size=4)),
+        (torchrun, 4, ["--tp", "4"], Recipe(tp_size=4)),
         # One file, so that all but one process have nothing to write.
-        (2, ["--target", "hf", "--quant", "fp8"], Recipe(target="hf", quant="fp8")),
-        (4, ["--target", "hf", "--shard-size", "3000"], Recipe(target="hf", shard_size=3000)),
+        (torchrun, 2, ["--target", "hf", "--quant", "fp8"], Recipe(target="hf", quant="fp8")),
+        (torchrun, 4, ["--target", "hf", *SMALL_FILES], Recipe(target="hf", shard_size=3000)),
     ],
 )
 def test_torchrun_gives_the_same_bytes(
-    processes: int, options: list[str], recipe: Recipe, source: Path, tmp_path: Path
+    launch: Callable[..., subprocess.CompletedProcess[str]],
+    processes: int,
+    options: list[str],
+    recipe: Recipe,
+    source: Path,
+    tmp_path: Path,
 ) -> None:
     convert_checkpoint(source, tmp_path / "one", recipe)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", str(processes), "-m", "fuseport_testing.faulty"]
+    command = ["-m", "fuseport_testing.faulty"]
     command += [str(source), str(tmp_path / "many"), "never", "kill", *options]
-    done = subprocess.run(
-        command, env=environment(), capture_output=True, text=True, timeout=120, check=False
-    )
+    done = launch(processes, *command, environment=environment(), timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("wrote") == 1
     assert contents(tmp_path / "many") == contents(tmp_path / "one")
@@ -70,18 +74,14 @@ def run_ranks(
     common = {"WORLD_SIZE": str(count), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
     # The time limits here are short; several processes that start on one GPU are not.
     common["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", "fuseport_testing.faulty", str(source), str(out), phase, fault]
+    command = ["-m", "fuseport_testing.faulty", str(source), str(out), phase, fault, "--tp", "4"]
     ranks = [
-        subprocess.Popen(
-            [*command, "--tp", "4", *options], env=environment(RANK=str(rank), **common),
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        )
+        Process(*command, *options, environment=environment(RANK=str(rank), **common))
         for rank in range(count)
-    ]  # fmt: skip
+    ]
     # The limit is the fault's, not that of a busy machine on which several processes start.
     for one in ranks:
-        assert one.stdout is not None
-        one.stdout.readline()
+        one.wait_for_output(60)
     # A stopped one never ends by itself: it comes last, and is killed.
     broken = int(fault.partition(":")[2])
     order = [rank for rank in range(count) if rank != broken] + [broken]
@@ -90,13 +90,12 @@ def run_ranks(
     return [ended[rank] for rank in range(count)]
 
 
-def _ended(process: subprocess.Popen[str], deadline: float) -> tuple[int | None, str]:
+def _ended(process: Process, deadline: float) -> tuple[int | None, str]:
     try:
-        _, errors = process.communicate(timeout=max(1.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        return None, process.communicate()[1]
-    return process.returncode, errors
+        done = process.end(timeout=max(1.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired as late:
+        return None, str(late.stderr)
+    return done.returncode, done.stderr
 
 
 # Rank 2 of three, or rank 0, which holds the common store; what the others then say.

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import fuseport_testing
 import pytest
+from fuseport_testing import forked
 from fuseport_testing.faulty import PHASES
 from fuseport_testing.tiny import tiny_weights, write_tiny
 from safetensors import SafetensorError, safe_open
@@ -33,12 +32,9 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(source: Path, out: Path, phase: str, fault: str, *options: str) -> int:
-    command = [sys.executable, "-m", "fuseport_testing.faulty", str(source), str(out), phase, fault]
+    command = ["-m", "fuseport_testing.faulty", str(source), str(out), phase, fault]
     environment = {**os.environ, "PYTHONPATH": str(SUPPORT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, *OPTIONS, *options],
-        env=environment, capture_output=True, text=True, timeout=60, check=False,
-    )  # fmt: skip
+    done = forked.run(*command, *OPTIONS, *options, environment=environment, timeout=60)
     assert "Traceback" not in done.stderr, done.stderr
     return done.returncode
 

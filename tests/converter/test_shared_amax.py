@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 from fuseport_testing.cases import Case, megatron_args
 from fuseport_testing.dropin import convert_case, shards
+from fuseport_testing.forked import torchrun
 from fuseport_testing.megatron_reference import transformer_config
 from fuseport_testing.small_models import State, assert_same_bits, random_state, small
 
@@ -46,10 +45,8 @@ def job(case: Case, tp: int, ep: int) -> dict[str, Any]:
 def test_ranks_reduce_amaxes_and_nothing_else(tmp_path: Path) -> None:
     """Groups of two and of four processes, each with its own shards alone."""
     torch.save([job(*one[:3]) for one in JOBS], tmp_path / "jobs.pt")
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "4", str(WORKER), str(tmp_path)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = torchrun(4, str(WORKER), str(tmp_path), environment=environment, timeout=120)
     assert done.returncode == 0, done.stderr[-3000:]
     results = [torch.load(tmp_path / f"result{rank}.pt") for rank in range(4)]
     for number, (case, tp, ep, groups) in enumerate(JOBS):

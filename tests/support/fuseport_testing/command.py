@@ -12,11 +12,11 @@ MAIN = "from fuseport.converter.cli import main; main()"
 WIDTH = 80
 
 
-def start(*args: object, code: str = MAIN, **env: str) -> subprocess.Popen[str]:
+def start(*args: object, **env: str) -> subprocess.Popen[str]:
     """Start the command on pipes, as for a log file."""
     plain = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "FORCE_COLOR")}
     return subprocess.Popen(
-        [sys.executable, "-c", code, *map(str, args)],
+        [sys.executable, "-c", MAIN, *map(str, args)],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

@@ -14,9 +14,10 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import start_processes
 
 from .cases import BY_NAME, CASES, ITERATION, Case, megatron_args, some_tokens
+from .forked import serve
 from .megatron_build import build, megatron_on_cpu, parallel_state
 
 __all__ = ["BY_NAME", "CASES", "LAYOUTS", "Case", "Run", "run_workers", "some_tokens"]
@@ -91,7 +92,7 @@ def run_workers(
 ) -> Run:
     """Builds, runs and saves a case on tp × pp ranks.
 
-    One rank runs in this process, more are spawned. `tokens` is int64 [batch, length]; None takes
+    One rank runs in this process, more are forked. `tokens` is int64 [batch, length]; None takes
     `some_tokens`. Logits are computed where pp is 1.
     """
     run = Run(case, tp, pp, out_dir, layouts)
@@ -106,7 +107,10 @@ def run_workers(
 
 def _spawn(run: Run, tokens: torch.Tensor) -> None:
     """Starts the ranks, and raises what a rank raised. None outlives the timeout."""
-    workers = spawn(_work, (run, tokens), nprocs=run.tp * run.pp, join=False)
+    serve()
+    workers = start_processes(
+        _work, (run, tokens), nprocs=run.tp * run.pp, join=False, start_method="forkserver"
+    )
     deadline = time.monotonic() + TIMEOUT_SECONDS
     try:
         while not workers.join(timeout=max(0.1, deadline - time.monotonic())):
