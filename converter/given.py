@@ -60,6 +60,7 @@ class Given:
     table: ScaleTable | None = None
     notes: list[str] = field(default_factory=list)
     relaid: Mapping[tuple[int, str], torch.Tensor] = field(default_factory=dict)
+    _layouts: dict[tuple[float, tuple[int, ...]], Flat] = field(default_factory=dict)
 
     def check_used(self, recipe: Recipe) -> None:
         """Raise ScaleError if a scale that the user gave was given to no module."""
@@ -77,8 +78,11 @@ class Given:
         self, target: TargetTensor, name: str, shape: tuple[int, ...], value: float
     ) -> TargetTensor:
         """A tensor beside another one, whose elements are all one number."""
-        elements = self.constant(value).expand(math.prod(shape))
-        return TargetTensor(target.rank, name, Flat(elements, shape), torch.float32)
+        layout = self._layouts.get((value, shape))
+        if layout is None:
+            layout = Flat(self.constant(value).expand(math.prod(shape)), shape)
+            self._layouts[value, shape] = layout
+        return TargetTensor(target.rank, name, layout, torch.float32)
 
 
 def scale_table(recipe: Recipe, from_source: Callable[[], ScaleTable]) -> ScaleTable | None:
