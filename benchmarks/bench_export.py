@@ -65,27 +65,14 @@ def fsync_seconds(directory: Path) -> float:
     return seconds(sync)
 
 
-def touch(nbytes: int) -> None:
-    """Have free memory at hand, which a virtual machine gives back to its host after a while.
-
-    Files that are written take such memory. By the time a checkpoint is exported a training process
-    has used it.
-    """
-    torch.ones(nbytes, dtype=torch.uint8)
-
-
 @dataclass
 class Way:
-    """A way to make a checkpoint in `out`, and what its calls took, in seconds.
-
-    `memory` bytes are made to be at hand before each call.
-    """
+    """A way to make a checkpoint in `out`, and what its calls took, in seconds."""
 
     name: str
     scheme: str
     out: Path
     run: Callable[[], object]
-    memory: int
     timings: Timings | None = None
     times: list[float] = field(default_factory=list)
     fsyncs: list[float] = field(default_factory=list)
@@ -97,7 +84,6 @@ class Way:
             forget()
         # What others wrote would be brought to the disk meanwhile, and take its time.
         os.sync()
-        touch(self.memory)
         self.times.append(seconds(self.run))
         self.fsyncs.append(fsync_seconds(self.out))
 
@@ -123,11 +109,6 @@ def busy(timings: Timings | None) -> dict[str, float]:
     return {f"busy {name}": stage.seconds for name, stage in stages.items()}
 
 
-def nbytes(state: State) -> int:
-    """Bytes of a state dict."""
-    return sum(value.nbytes for value in state.values())
-
-
 def ours(state: State, recipe: Recipe, out: Path, given: bool) -> Way:
     """Fuseport's, with the last call's stages."""
     names = [f"transformer.layers.{n}.{m}" for n in range(OWN.num_layers) for m in MODULES]
@@ -137,7 +118,7 @@ def ours(state: State, recipe: Recipe, out: Path, given: bool) -> Way:
         way.timings = Timings()
         export_state_dict(state, OWN, recipe, out, scales=scales, timings=way.timings, sync=False)
 
-    way = Way("fuseport", "given" if given else "tensor", out, run, nbytes(state))
+    way = Way("fuseport", "given" if given else "tensor", out, run)
     return way
 
 
@@ -164,7 +145,7 @@ def megatrons(state: State, out: Path, bench: Bench) -> Way:
         whole = {name: value.contiguous() for name, value in weights.items()}
         save_file(whole, out / "rank0.safetensors")
 
-    return Way("Megatron-Core and save_file", "given", out, run, nbytes(state))
+    return Way("Megatron-Core and save_file", "given", out, run)
 
 
 def common_are_equal(one: Path, other: Path) -> bool:

