@@ -81,3 +81,53 @@ def test_few_moves_are_made_for_many_layers() -> None:
     assert len(work.moves) < repeated / 2
     given = [one for one in work.repeats if isinstance(one.moves[0].quant, GivenScale)]
     assert [[time.quant_scale for time in one.times] for one in given] == [[3.0, 4.0, 5.0]]
+
+
+def _same(weights: dict[str, torch.Tensor], scales: dict[str, GivenScale] | None = None) -> None:
+    """A conversion gives what planning each tensor by itself gives."""
+    spec = ModelSpec.from_facts(vars(megatron_args(CASE, 1, 1)))
+    (found,) = convert_state_dict(weights, spec, Recipe(), scales=scales, backend="triton")
+    plan = plan_memory(weights, read_model(weights, spec), spec, Recipe(), scales)
+    run_plan(plan, "torch")
+    assert sorted(found) == sorted(one.name for one in plan)
+    for one in plan:
+        bits = (each.reshape(-1).view(torch.uint8) for each in (found[one.name], one.dst))
+        assert torch.equal(*bits), one.name
+
+
+def _weights() -> dict[str, torch.Tensor]:
+    return {name: tensor.to(DEVICE) for name, tensor in random_state(CASE).items()}
+
+
+def test_scales_that_are_tensors_follow_no_pattern() -> None:
+    names = [f"transformer.layers.{n}.{m}" for n in range(4) for m in ("attention.qkv", "mlp.proj")]
+    scales = {
+        name: GivenScale(torch.tensor([2.0**-n], device=DEVICE)) for n, name in enumerate(names)
+    }
+    _same(_weights(), scales)
+
+
+def test_parameters_of_one_buffer_are_told_apart() -> None:
+    """As a distributed optimizer keeps them: views, one behind the other, in any order."""
+    weights = _weights()
+    buffer = torch.cat([weights[name].reshape(-1) for name in sorted(weights, reverse=True)])
+    start = 0
+    for name in sorted(weights, reverse=True):
+        size, shape = weights[name].numel(), weights[name].shape
+        weights[name] = buffer[start : start + size].view(shape)
+        start += size
+    spec = ModelSpec.from_facts(vars(megatron_args(CASE, 1, 1)))
+    assert Alike(weights, spec).first
+    _same(weights)
+
+
+def test_a_layer_whose_tensors_overlap_stands_for_itself_alone() -> None:
+    weights = _weights()
+    for layer in range(4):
+        prefix = f"decoder.layers.{layer}."
+        weights[prefix + "pre_mlp_layernorm.weight"] = weights[prefix + "input_layernorm.weight"]
+    spec = ModelSpec.from_facts(vars(megatron_args(CASE, 1, 1)))
+    alike = Alike(weights, spec)
+    assert not alike.first
+    assert alike.others.keys() == weights.keys()
+    _same(weights)
