@@ -82,11 +82,7 @@ class CheckpointPlan:
         hidden = self.spec.hidden_size
         dropped = (self._rows - self.vocab_size) * hidden
         output = self._rows * hidden if self.spec.share_embeddings_and_output_weights else dropped
-        return {
-            self.source.embedding: dropped,
-            self.source.output: output,
-            PADDING: hidden,
-        }
+        return {self.source.embedding: dropped, self.source.output: output}
 
 
 @collector.paused()

@@ -27,7 +27,7 @@ from .checkpoint import (
     read_json,
     tensor_digests,
 )
-from .checkpoint_plan import CheckpointPlan, plan_checkpoint
+from .checkpoint_plan import PADDING, CheckpointPlan, plan_checkpoint
 from .coverage import uses
 from .errors import FuseportError, VerificationError
 from .given import GIVEN
@@ -258,7 +258,8 @@ def account(plan: CheckpointPlan) -> Accounting:
     Raises:
         VerificationError: elements of a tensor are used nowhere, without a reason.
     """
-    sizes = {key: one.numel for key, one in plan.stored.items() if one.name != GIVEN}
+    made = (GIVEN, PADDING)
+    sizes = {key: one.numel for key, one in plan.stored.items() if one.name not in made}
     padding = plan.padding_rows()
     once = repeated = 0
     dropped: dict[str, int] = {}
