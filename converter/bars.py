@@ -37,10 +37,12 @@ def progress(console: Console, label: str, total: int) -> Iterator[Callable[[int
         with _bar(console) as bar:
             task = bar.add_task(label, total=total)
             yield lambda nbytes: bar.advance(task, nbytes)
+            # The total is what was to be expected.
+            bar.update(task, total=bar.tasks[task].completed)
         return
     lines = Lines(console, label, total)
     yield lines.advance
-    lines.say()
+    lines.end()
 
 
 def _bar(console: Console) -> Progress:
@@ -78,9 +80,14 @@ class Lines:
     def say(self) -> None:
         """Print how far it is, and how fast."""
         self.said = self.clock()
-        speed = self.done / max(self.said - self.began, 1e-3)
         share = 100 * self.done // self.total if self.total else 100
-        self.console.print(
-            f"{self.label}: {size(self.done)} of {size(self.total)} ({share}%), {size(speed)}/s",
-            highlight=False,
-        )
+        self._print(f"{size(self.done)} of {size(self.total)} ({share}%)")
+
+    def end(self) -> None:
+        """Print what was done, which may not be all that was expected, and how fast."""
+        self.said = self.clock()
+        self._print(f"{size(self.done)} in {self.said - self.began:.1f} s")
+
+    def _print(self, what: str) -> None:
+        speed = self.done / max(self.said - self.began, 1e-3)
+        self.console.print(f"{self.label}: {what}, {size(speed)}/s", highlight=False)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
 
@@ -21,12 +23,13 @@ from .model import ModelSpec
 from .read_manifest import SETTINGS, read_manifest
 from .report import Report
 from .sources.source import Source
+from .tables import names, titled
 from .timings import Timings
 from .trtllm_package import Loaded
 from .verify import Verification
 
 
-def plan_table(plan: CheckpointPlan) -> Table:
+def plan_table(plan: CheckpointPlan) -> Group:
     """What will be written: a row a file."""
     recipe = plan.recipe
     split = f" tp {recipe.tp_size} × pp {recipe.pp_size}" if recipe.world_size > 1 else ""
@@ -34,10 +37,10 @@ def plan_table(plan: CheckpointPlan) -> Table:
         f"{plan.source.kind} {size(plan.source.nbytes)} → {recipe.target}{split}, {recipe.dtype}, "
         f"{size(plan.nbytes)}"
     )
-    table = Table("file", "tensors", "size", title=title, title_justify="left")
+    table = Table(names("file"), "tensors", "size")
     for image in plan.images.values():
         table.add_row(image.name, str(len(image.offsets)), size(image.nbytes))
-    return table
+    return titled(title, table)
 
 
 def report_text(report: Report) -> str:
@@ -68,7 +71,7 @@ def losses(report: Report) -> Iterator[str]:
 
 def forecast_text(known: Forecast) -> str:
     """What a conversion would take."""
-    minutes, seconds = divmod(round(known.seconds), 60)
+    minutes, seconds = divmod(math.ceil(known.seconds), 60)
     gpu = f", {size(known.gpu_peak)} on the GPU" if known.gpu_peak else ""
     return (
         f"reads {size(known.read)}, writes {size(known.written)}; at most {size(known.host_peak)} "
@@ -77,14 +80,14 @@ def forecast_text(known: Forecast) -> str:
     )
 
 
-def timings_table(timings: Timings) -> Table:
+def timings_table(timings: Timings) -> Group:
     """How long each stage was busy, over all its threads."""
     title = f"busy times (they overlap; the run took {timings.elapsed:.1f} s)"
-    table = Table("stage", "seconds", "size", "GB/s", title=title, title_justify="left")
+    table = Table("stage", "seconds", "size", "GB/s")
     for name, stage in timings.stages.items():
         speed = f"{stage.nbytes / stage.seconds / 1e9:.2f}" if stage.seconds else ""
         table.add_row(name, f"{stage.seconds:.2f}", size(stage.nbytes), speed)
-    return table
+    return titled(title, table)
 
 
 def _error_text(errors: Mapping[str, float], snr: float | None) -> Iterator[str]:
@@ -136,29 +139,29 @@ def spec_of(source: Source, facts: Mapping[str, Any]) -> ModelSpec:
     return ModelSpec.from_facts(source.facts, **facts)
 
 
-def facts_table(spec: ModelSpec) -> Table:
+def facts_table(spec: ModelSpec) -> Group:
     """A model's facts, without those that are absent."""
-    table = Table("fact", "value", title="model", title_justify="left")
+    table = Table("fact", "value")
     for field in dataclasses.fields(spec):
         value = getattr(spec, field.name)
         if value not in (None, (), 0, False):
             table.add_row(field.name, escape(str(value)))
-    return table
+    return titled("model", table)
 
 
 def ignored_keys(source: Source) -> Iterator[Table]:
     """The keys of a source that are no weights, if there are any."""
     if source.ignored:
-        table = Table("ignored key", "why")
+        table = Table(names("ignored key"), "why")
         for name, reason in source.ignored.items():
             table.add_row(escape(name), escape(reason))
         yield table
 
 
-def source_table(source: Source) -> Table:
+def source_table(source: Source) -> Group:
     """A source's tensors."""
     title = f"{escape(str(source.origin))} ({source.kind}): {size(source.nbytes)}"
-    table = Table("tensor", "shape", "dtype", "size", title=title, title_justify="left")
+    table = Table(names("tensor"), "shape", "dtype", "size")
     for stored in sorted(source.stored.values(), key=lambda one: one.name):
         shape = " × ".join(map(str, stored.shape))
         dtype = str(stored.dtype).removeprefix("torch.")
@@ -167,17 +170,17 @@ def source_table(source: Source) -> Table:
     for reason in source.ignored.values():
         reasons[reason] += 1
     table.caption = "; ".join(f"{count} keys ignored: {why}" for why, count in reasons.items())
-    return table
+    return titled(title, table)
 
 
-def result_tables(path: Path) -> Iterator[Table]:
+def result_tables(path: Path) -> Iterator[RenderableType]:
     """A result's settings and files."""
     manifest = read_manifest(path)
-    settings = Table(SETTINGS, "value", title=escape(str(path)), title_justify="left")
+    settings = Table(SETTINGS, "value")
     for name, value in read_json(path / SETTINGS).items():
         settings.add_row(escape(name), escape(json.dumps(value)))
-    yield settings
-    files = Table("file", "tensors", "size")
+    yield titled(escape(str(path)), settings)
+    files = Table(names("file"), "tensors", "size")
     for name, entry in manifest["files"].items():
         files.add_row(
             escape(name), str(len(manifest["tensors"].get(name, ()))), size(entry["bytes"])
@@ -188,10 +191,10 @@ def result_tables(path: Path) -> Iterator[Table]:
 _MARKS = {"ok": "[green]ok[/]", "absent": "–", "note": "[yellow]note[/]", "fails": "[red]fails[/]"}
 
 
-def findings_table(findings: Sequence[Finding]) -> Table:
+def findings_table(findings: Sequence[Finding]) -> Group:
     """What `doctor` found: a row each, with advice below."""
-    table = Table("", "topic", "found", title="this machine", title_justify="left")
+    table = Table("", "topic", "found")
     for one in findings:
         advice = f"\n[yellow]{escape(one.advice)}[/]" if one.advice else ""
         table.add_row(_MARKS[one.state], one.topic, escape(one.found) + advice)
-    return table
+    return titled("this machine", table)

@@ -7,15 +7,21 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.console import Group
 from rich.table import Table
 
 from ..bars import size
+from ..tables import titled
 from .options import Json, Quiet
 from .output import output
 
 if TYPE_CHECKING:
     from ..bench import Bench, Seen
 
+COLUMNS = (
+    "a first call plans, and compiles what is not cached; with a kept plan it is made again; its "
+    "rate is given as a share of the copy's"
+)
 NO_GPU = (
     "[yellow]no GPU here[/]: these are toy sizes in plain torch, and say nothing of what a GPU does"
 )
@@ -36,21 +42,21 @@ def bench(
         made = prepare(default_device(device))
         seen = list(made.schemes())
         printer.say(bench_table(made, seen))
-        printer.say(f"[dim]torch {torch.__version__}; a first call compiles what is not cached[/]")
+        printer.say(f"[dim]torch {torch.__version__}; {COLUMNS}[/]")
         if made.device.type != "cuda":
             printer.say(NO_GPU)
         printer.answer({"ok": True, "schemes": [dataclasses.asdict(one) for one in seen]})
 
 
-def bench_table(bench: Bench, seen: Iterable[Seen]) -> Table:
+def bench_table(bench: Bench, seen: Iterable[Seen]) -> Group:
     """What a machine did: a row a scheme."""
     title = (
         f"{bench.spec.num_layers} layers of a Llama-like model, {size(bench.nbytes)}, on "
-        f"{bench.place}; a copy there: {size(bench.copy)}/s (bytes are read and written ones)"
+        f"{bench.place}; a plain copy there: {size(bench.copy)}/s (bytes read and bytes written)"
     )
     columns = ("", "bytes", "first call", "kept plan", "of the copy")
-    table = Table(*columns, title=title, title_justify="left")
+    table = Table(*columns)
     for one in seen:
         times = (f"{1e3 * one.first:.1f} ms", f"{1e3 * one.kept:.2f} ms")
         table.add_row(one.scheme, size(one.nbytes), *times, f"{100 * one.share:.0f}%")
-    return table
+    return titled(title, table)

@@ -17,7 +17,7 @@ from ..checkpoint_plan import CheckpointPlan, plan_checkpoint
 from ..convert import convert_checkpoint
 from ..errors import RecipeError
 from ..forecast import check_destination, forecast
-from ..group import Group, joined
+from ..group import Group, joined, shares
 from ..limits import Limits
 from ..page.write import check_report, write_report
 from ..recipe import Recipe
@@ -98,13 +98,19 @@ def _convert(
     """Convert with a bar."""
     times, device = Timings(), default_device(options.device)
     printer.detail(f"on {device}; windows of at most {size(options.limits.window(device))}")
-    total = sum(planned.nbytes for planned in plan.tensors)
-    with printer.progress("converting", total) as advance:
+    with printer.progress("converting", own_bytes(plan, group)) as advance:
         report = convert_checkpoint(
             plan, out, timings=times, progress=advance, group=group, **vars(options)
         )
         times.stop()
     return report, times
+
+
+def own_bytes(plan: CheckpointPlan, group: Group) -> int:
+    """Target bytes that fall to this process, if no file is there yet."""
+    sizes = {number: image.nbytes for number, image in plan.images.items()}
+    mine = shares(sizes, group.size)[group.rank]
+    return sum(planned.nbytes for planned in plan.tensors if planned.rank in mine)
 
 
 def _tell(

@@ -15,12 +15,17 @@ import pytest
 from fuseport_testing.command import Run
 from fuseport_testing.tiny import write_tiny
 from rich.console import Console
+from rich.table import Table
 
 from fuseport.converter import bars, cli, doctor, show
 from fuseport.converter.backend import default_device
+from fuseport.converter.checkpoint_plan import plan_checkpoint
+from fuseport.converter.commands.conversion import own_bytes
 from fuseport.converter.commands.output import output
 from fuseport.converter.errors import OutputError
+from fuseport.converter.group import Alone
 from fuseport.converter.recipe import Recipe
+from fuseport.converter.tables import names, titled
 
 DOCS = Path(__file__).parents[2] / "docs" / "command-line.md"
 COLOUR = re.compile(r"\x1b\[[0-9;]*3[0-7]m")
@@ -85,7 +90,7 @@ def test_verify_answers(run: Run, source: Path, tmp_path: Path) -> None:
     found = answer(run, "verify", out, "--source", source)
     assert found.keys() == documented("`verify`")
     assert found["accounting"]["dropped"] == {
-        "embedding.word_embeddings.weight": 32, "output_layer.weight": 32, "(zero rows)": 16,
+        "embedding.word_embeddings.weight": 32, "output_layer.weight": 32,
     }  # fmt: skip
     (out / "config.json").unlink()
     wrong = answer(run, "verify", out, status=1)
@@ -147,11 +152,11 @@ def test_a_log_file_gets_a_line_now_and_then() -> None:
     for _ in range(40):
         now[0] += 1
         lines.advance(100)
-    lines.say()
+    lines.end()
     assert log.getvalue() == (
         "reading: 1.5 kB of 4.0 kB (37%), 100 B/s\n"
         "reading: 3.0 kB of 4.0 kB (75%), 100 B/s\n"
-        "reading: 4.0 kB of 4.0 kB (100%), 100 B/s\n"
+        "reading: 4.0 kB in 40.0 s, 100 B/s\n"
     )
 
 
@@ -160,10 +165,32 @@ def test_a_bar_is_for_terminals(terminal: bool, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     file = io.StringIO()
-    with bars.progress(Console(file=file, force_terminal=terminal), "reading", 0) as advance:
-        advance(0)
+    # Whoever is done is at the end, also with less to do than was expected.
+    with bars.progress(Console(file=file, force_terminal=terminal), "reading", 9) as advance:
+        advance(5)
     assert ("\x1b[" in file.getvalue()) is terminal
-    assert ("reading: 0 B of 0 B (100%)" in file.getvalue()) is not terminal
+    assert (COLOUR.sub("", file.getvalue()).count("5/5 bytes") == 1) is terminal
+    assert ("reading: 5 B in 0.0 s" in file.getvalue()) is not terminal
+
+
+def test_processes_count_what_they_do(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_checkpoint(source, Recipe(tp_size=2, quant="fp8-row"))
+    whole = own_bytes(plan, Alone())
+    assert whole == sum(one.nbytes for one in plan.tensors)
+    monkeypatch.setattr(Alone, "size", 2)
+    assert own_bytes(plan, Alone()) == whole // 2
+
+
+def test_tables_cut_no_name_and_no_title() -> None:
+    table = Table(names("tensor"), "shape")
+    for name in ("layers.linear_qkv.weight", "layers.linear_qkv.layer_norm_weight"):
+        table.add_row(name, "4096 × 4096")
+    printed = io.StringIO()
+    Console(file=printed, width=32).print(titled("a title of more columns", table))
+    title, *rows = printed.getvalue().splitlines()
+    assert title == "a title of more columns"
+    cells = [row.split("│")[1].strip() for row in rows if row.startswith("│")]
+    assert "".join(cells) == "layers.linear_qkv.weightlayers.linear_qkv.layer_norm_weight"
 
 
 def test_a_failure_is_not_a_hundred_percent() -> None:
