@@ -49,6 +49,8 @@ def test_the_end_of_a_training_script(tmp_path: Path) -> None:
 
 def test_an_offline_conversion(here: Callable[..., str], tmp_path: Path) -> None:
     source, out = write_tiny(tmp_path / "source"), tmp_path / "out"
+    with pytest.raises(SystemExit, match=r"convert_offline.py CHECKPOINT OUT"):
+        here("convert_offline.py", source)
     said = here("convert_offline.py", source, out)
     assert said.count("verified:") == 2
     for name in ("trtllm", "hf-fp8"):

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from ..bench import Bench, Seen
 
 COLUMNS = (
-    "a first call plans, and compiles what is not cached; with a kept plan it is made again; its "
-    "rate is given as a share of the copy's"
+    "a first call plans, and compiles what is not cached; further ones use its plan again: of the "
+    "copy's rate they have the share in the last column"
 )
 NO_GPU = (
     "[yellow]no GPU here[/]: these are toy sizes in plain torch, and say nothing of what a GPU does"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -51,6 +52,10 @@ def test_demo_shows_the_whole_way(
     # A second time it replaces what it made.
     run("demo", "out/demo", "--tp", 4)
     assert len(list(Path("out/demo/trtllm").glob("rank*"))) == 4
+
+
+def test_the_version_is_the_package_s(run: Run) -> None:
+    assert run("--version") == (f"fuseport {importlib.metadata.version('fuseport')}\n", "")
 
 
 def test_convert_inspect_verify(run: Run, source: Path, tmp_path: Path) -> None:
