@@ -14,6 +14,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,8 @@ from .errors import OutputError, VerificationError
 from .writer import FileResult
 
 _NOTES, _RUN = ".fuseport", "run.json"
+# Seconds in which processes that were told to end have done so.
+_ENDING = 5.0
 # Linux's flag of renameat2, and its "relative to the working directory".
 _EXCHANGE, _AT_FDCWD = 2, -100
 
@@ -129,8 +132,17 @@ def _begin(out: Path, identity: Identity, resume: bool, durable: bool) -> Iterat
         yield Partial(path, _finished(path))
     finally:
         if not resume:
-            shutil.rmtree(path, ignore_errors=True)
+            _clear(path)
         os.close(handle)
+
+
+def _clear(directory: Path) -> None:
+    """Remove a directory in which other processes may still begin a file before they end."""
+    deadline = time.monotonic() + _ENDING
+    shutil.rmtree(directory, ignore_errors=True)
+    while directory.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def _escaped(name: str) -> str:

@@ -8,6 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+
+pytest.importorskip("transformers")
+
 from fuseport_testing.cases import BY_NAME, megatron_args
 from fuseport_testing.hf_models import BY_NAME as HF_CASES
 from fuseport_testing.hf_models import make

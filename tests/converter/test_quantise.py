@@ -13,7 +13,6 @@ from fuseport_testing.cases import BY_NAME, megatron_args, some_tokens
 from fuseport_testing.megatron_models import Run
 from fuseport_testing.trtllm_runtime import runtime_logits
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from fuseport.converter import (
     ModelSpec,
@@ -77,7 +76,8 @@ def dequantised(tensors: State, suffix: str, decode: Callable[..., torch.Tensor]
 
 
 def hf_logits(directory: Path, tokens: torch.Tensor) -> torch.Tensor:
-    model = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+    transformers = pytest.importorskip("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     model.train(False)
     with torch.no_grad():
         logits: torch.Tensor = model(tokens).logits

@@ -22,12 +22,16 @@ def _names(owner: Any) -> tuple[str, ...]:
     return tuple(name for name, member in inspect.getmembers(owner) if core.is_builtin(member))
 
 
+# What interprets reductions replaces these, before the others and after them.
+_REDUCTIONS = ("associative_scan", "reduce")
+
+
 def _members(owner: Any) -> list[tuple[str, Any]]:
-    """Those that stand to be replaced; none where the first has been, as all are at once."""
+    """Those that stand to be replaced; none where the first has been, as all others are at once."""
     names = _names(owner)
-    if not names or not core.is_builtin(getattr(owner, names[0])):
+    some = [*names[:1], *(name for name in _REDUCTIONS if name in names)]
+    if not any(core.is_builtin(getattr(owner, name)) for name in some):
         return []
-    # Some are replaced before the others, by what interprets reductions.
     members = ((name, getattr(owner, name)) for name in names)
     return [(name, member) for name, member in members if core.is_builtin(member)]
 
