@@ -12,6 +12,7 @@ from functools import cache
 from types import SimpleNamespace
 from typing import Any
 
+import triton.language as tl
 from triton.language import core
 from triton.runtime import interpreter
 
@@ -37,5 +38,7 @@ def _members(owner: Any) -> list[tuple[str, Any]]:
 
 
 def remember_builtins() -> None:
-    """Let the interpreter look for built-in functions once."""
+    """Let the interpreter look for built-in functions once: here, before it has replaced any."""
+    for owner in (tl, core, tl.math, tl.tensor, core.tensor_descriptor_base):
+        _names(owner)
     interpreter.inspect = SimpleNamespace(**vars(inspect) | {"getmembers": _members})
