@@ -8,12 +8,12 @@ from collections.abc import Hashable, Iterable, Mapping
 
 import torch
 
+from fuseport.kernels.tables import ALIGNED
+
 from .layout import Layout, mapped
 from .model import ModelSpec
 from .plan import extent
 
-# Addresses modulo this decide which code runs.
-ALIGNED = 16
 _LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
 
 

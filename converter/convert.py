@@ -27,7 +27,8 @@ from .publish import Partial, keep_apart, publish
 from .recipe import Recipe
 from .report import Report
 from .sources.checksums import Checking, summed
-from .sources.megatron import read_model, without_further
+from .sources.further import without_further
+from .sources.megatron import read_model
 from .sources.source import Source
 from .sources.stored import close_files
 from .state import check_complete, given_in_memory, read_stored, weights, zero_row

@@ -21,7 +21,8 @@ from .recipe import Recipe
 from .refit_amax import check_filled
 from .scales import ScaleTable
 from .shards import Held, Place, everywhere, kinds_of, whole_names, whole_tensors
-from .sources.megatron import read_model, without_further
+from .sources.further import without_further
+from .sources.megatron import read_model
 from .state import check_complete, weights, zero_row
 from .targets.table import TARGETS
 from .targets.target import Task

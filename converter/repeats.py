@@ -15,9 +15,10 @@ import torch
 
 from fuseport.kernels.move import Move, distinct_amaxes
 from fuseport.kernels.repeats import Repeat, Time
+from fuseport.kernels.tables import ALIGNED
 
 from . import collector
-from .alike import ALIGNED, Alike, looks_of
+from .alike import Alike, looks_of
 from .layout import Flat, Layout, leaves
 from .quantise import Builder
 from .targets.parts import TargetTensor

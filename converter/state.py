@@ -13,7 +13,7 @@ from fuseport.kernels.move import GivenScale
 
 from . import collector
 from .alike import Alike
-from .backend import choose, copier
+from .backend import Make, choose, copier
 from .claims import Claims, StoredClaims, check_dtype
 from .errors import FuseportWarning, MissingTensorError
 from .given import Given, scale_table
@@ -26,7 +26,8 @@ from .quantise import Builder, builder, to_quantise
 from .recipe import Recipe
 from .relay import SAME, relay, sources_of
 from .repeats import Repeats
-from .sources.megatron import read_model, without_further
+from .sources.further import without_further
+from .sources.megatron import read_model
 from .sources.stored_fp8 import StoredFp8, dequantise, is_stored_fp8, read_stored_fp8
 from .targets.parts import TargetTensor
 from .targets.table import TARGETS, te_table
@@ -57,7 +58,8 @@ def convert_state_dict(
         backend: "triton", "torch", or "auto" (Triton on a GPU).
 
     Returns:
-        For each rank, its tensors by name, on the state dict's device.
+        For each rank, its tensors by name, on the state dict's device. Small ones, as norms and
+        scales, share memory that is allocated for many of them.
 
     Raises:
         FuseportError: see `errors`; nothing is converted.
@@ -80,16 +82,23 @@ def convert_state_dict(
         tensors |= {name: dequantise(found[name]) for name in names}
         model = read_model(tensors, spec, StoredClaims)
     targets, make = prepare(tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid)
+    ready = copier(backend, next(iter(tensors.values())).device)
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(recipe.world_size)]
-    repeats, ready = Repeats(make, alike), copier(backend, next(iter(tensors.values())).device)
+    for rank, name, tensor in _filled(targets, Repeats(make, alike), ready):
+        ranks[rank][name] = tensor
+    _finish(make.given, recipe)
+    return ranks
+
+
+def _filled(
+    targets: Sequence[TargetTensor], repeats: Repeats, ready: Make
+) -> Iterator[tuple[int, str, torch.Tensor]]:
+    """Each tensor with its rank and name, its launch under way."""
     for part in whole_layers(targets, PART):
         work = repeats.work(part)
         # A GPU fills this part while the next one is planned.
         ready(work.moves, work.repeats).run()
-        for rank, name, tensor in work.filled:
-            ranks[rank][name] = tensor
-    _finish(make.given, recipe)
-    return ranks
+        yield from work.filled
 
 
 def plan_memory(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TypeVar
 
 import torch
 
@@ -29,12 +28,9 @@ from ..logical import (
     Norm,
     Projection,
 )
-from ..megatron_names import unwrapped
 from ..model import ModelSpec
 from .megatron_names import FURTHER, FURTHER_LAYER, IGNORED, SPELLINGS, mlp_spellings
 from .megatron_parts import assemble, experts_first, gate_and_up, split_qkv
-
-Value = TypeVar("Value")
 
 
 def read_model(
@@ -59,16 +55,6 @@ def read_model(
     model = reader.model()
     claims.finish()
     return model
-
-
-def without_further(
-    tensors: Mapping[str, Value], spec: ModelSpec
-) -> tuple[Mapping[str, Value], ModelSpec]:
-    """A model without the layers behind the last one that its facts say there are."""
-    if not spec.further_layers:
-        return tensors, spec
-    left = {name: one for name, one in tensors.items() if not unwrapped(name).startswith(FURTHER)}
-    return left, spec.replace(further_layers=0)
 
 
 class _Reader:

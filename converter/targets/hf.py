@@ -7,13 +7,12 @@ ranks themselves. Names: `families/*.yaml`, each written beside the family's cla
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 import torch
 
 from ..errors import RecipeError, ShapeError, UnsupportedOptionError
 from ..hf_family import Family
-from ..layout import Alternate, Layout, Stack, flat_columns, flat_rows
+from ..layout import Alternate, Stack, flat_columns, flat_rows
 from ..logical import (
     Attention,
     Further,
@@ -24,15 +23,12 @@ from ..logical import (
     Mlp,
     Model,
     Moe,
-    Norm,
     Projection,
 )
 from ..model import ModelSpec
-from ..recipe import Recipe, matches
-from .parts import CacheScale, TargetTensor
-
-# Weights of all experts in one tensor: a module that patterns can name, and never quantised.
-EXPERTS_TOGETHER = ("experts.gate_up", "experts.down")
+from ..recipe import Recipe
+from .hf_names import Names, Piece
+from .parts import TargetTensor
 
 
 class HfRules:
@@ -56,8 +52,8 @@ class HfRules:
         for names, pieces in self._pieces():
             yield from map(names.place, pieces)
 
-    def _pieces(self) -> Iterator[tuple[_Names, Iterable[Piece]]]:
-        model, names = self.model, _Names(self.family, self.recipe, -1)
+    def _pieces(self) -> Iterator[tuple[Names, Iterable[Piece]]]:
+        model, names = self.model, Names(self.family, self.recipe, -1)
         if model.positions is not None:
             raise UnsupportedOptionError(
                 f"the model has learned positions, for which the family "
@@ -68,19 +64,19 @@ class HfRules:
         # By identity: layers that are alike are one object, and have the same pieces.
         known: dict[int, list[Piece]] = {}
         for index, layer in enumerate(model.layers):
-            own = _Names(self.family, self.recipe, index)
+            own = Names(self.family, self.recipe, index)
             if id(layer) not in known:
                 known[id(layer)] = list(_layer(own, layer))
             yield own, known[id(layer)]
         for number, further in enumerate(model.further, len(model.layers)):
-            own = _Names(self.family, self.recipe, number)
+            own = Names(self.family, self.recipe, number)
             yield own, self._further(own, further)
         if model.final_norm is not None:
             yield names, names.norm("final_norm", model.final_norm)
         if model.output is not None:
             yield names, [Piece("output", self._vocabulary(model.output))]
 
-    def _further(self, names: _Names, further: Further) -> Iterator[Piece]:
+    def _further(self, names: Names, further: Further) -> Iterator[Piece]:
         yield from _layer(names, further.layer)
         yield from names.norm("further.token_norm", further.token_norm)
         yield from names.norm("further.hidden_norm", further.hidden_norm)
@@ -109,84 +105,7 @@ class HfRules:
         return table[:size]
 
 
-class Piece(NamedTuple):
-    """A part of a layer, by the family's word for it, before its layer gives it a name."""
-
-    part: str
-    layout: Layout
-    kind: str = "weight"
-    expert: int = 0
-    shift: float = 0.0
-    dtype: torch.dtype | None = None
-
-
-class _Names:
-    """The pieces of one layer, and the target tensors that they become there."""
-
-    def __init__(self, family: Family, recipe: Recipe, layer: int) -> None:
-        self.family, self.layer = family, layer
-        self.dtype, self.recipe = recipe.torch_dtype, recipe
-
-    def place(self, piece: Piece) -> TargetTensor:
-        part, kind = piece.part, piece.kind
-        name = self._name(piece)
-        module = name.rpartition(".")[0]
-        group = ""
-        if kind == "weight" and part in self.family.modules:
-            group = self.family.group(part, module)
-        if not group and part not in EXPERTS_TOGETHER:
-            module = ""
-        return TargetTensor(
-            0, name, piece.layout, piece.dtype or self.dtype, piece.shift, group=group,
-            module=module, layer=self.layer, cache=_cache(part, module) if module else None,
-        )  # fmt: skip
-
-    def _name(self, piece: Piece) -> str:
-        names = self.family.names(piece.part, piece.kind, self.layer, piece.expert)
-        if not names:
-            raise UnsupportedOptionError(
-                f"layer {self.layer} has a part {piece.part!r}, for which the family "
-                f"{self.family.model_type} has no name; choose another with --fact "
-                f"model_type=NAME, or give a table with --family FILE"
-            )
-        return names[0]
-
-    def linear(
-        self, part: str, weight: Layout, bias: Layout | None, expert: int = 0
-    ) -> Iterator[Piece]:
-        yield Piece(part, weight, expert=expert)
-        if bias is not None:
-            yield Piece(part, bias, "bias", expert)
-
-    def norm(self, part: str, norm: Norm | None) -> Iterator[Piece]:
-        """Weights as the family stores them: with or without their 1."""
-        if norm is not None:
-            shift = norm.shift - self.family.norm_shift
-            yield Piece(part, norm.weight, shift=shift)
-            if norm.bias is not None:
-                yield Piece(part, norm.bias, "bias")
-
-    def check_left_out(self, part: str) -> None:
-        """Raise UnsupportedOptionError if a tensor of experts is not left as it is."""
-        name = self.family.names(part, layer=self.layer)[0]
-        module = name.rpartition(".")[0]
-        if self.recipe.quant != "none" and not matches(module, self.recipe.exclude):
-            raise UnsupportedOptionError(
-                f"{name}: no loader reads experts that lie in one tensor quantised as "
-                f"{self.recipe.quant!r}; keep them as they are with --exclude '*.experts' (the "
-                f"other linears are quantised then), or leave out --quant"
-            )
-
-    def module(self, part: str) -> bool:
-        return bool(self.family.module(part))
-
-
-def _cache(part: str, module: str) -> CacheScale | None:
-    """As ModelOpt names the scales of a KV cache: beside the weight that makes keys or values."""
-    return CacheScale(f"{module}.{part}_scale", (), (part,)) if part in ("k", "v") else None
-
-
-def _layer(names: _Names, layer: Layer) -> Iterator[Piece]:
+def _layer(names: Names, layer: Layer) -> Iterator[Piece]:
     yield from names.norm("input_norm", layer.input_norm)
     if isinstance(layer.attention, Attention):
         yield from attention(names, layer.attention)
@@ -201,7 +120,7 @@ def _layer(names: _Names, layer: Layer) -> Iterator[Piece]:
     yield from names.norm("mlp_out_norm", layer.mlp_out_norm)
 
 
-def attention(names: _Names, weights: Attention) -> Iterator[Piece]:
+def attention(names: Names, weights: Attention) -> Iterator[Piece]:
     """Heads in order. No permutation: Megatron and transformers both rotate halves of a head."""
     for part, one in (("q", weights.q), ("k", weights.k), ("v", weights.v)):
         yield from projection(names, part, one)
@@ -212,14 +131,14 @@ def attention(names: _Names, weights: Attention) -> Iterator[Piece]:
         yield Piece("sinks", flat_rows(weights.sinks, 2))
 
 
-def projection(names: _Names, part: str, one: Projection) -> Iterator[Piece]:
+def projection(names: Names, part: str, one: Projection) -> Iterator[Piece]:
     """All heads' rows, and their bias."""
     axes = one.weight.ndim - 1
     bias = None if one.bias is None else flat_rows(one.bias, axes)
     yield from names.linear(part, flat_rows(one.weight, axes), bias)
 
 
-def latent_attention(names: _Names, weights: LatentAttention) -> Iterator[Piece]:
+def latent_attention(names: Names, weights: LatentAttention) -> Iterator[Piece]:
     """The low-rank parts as they are."""
     if isinstance(weights.q, LowRank):
         yield from low_rank(names, "q", weights.q)
@@ -229,14 +148,14 @@ def latent_attention(names: _Names, weights: LatentAttention) -> Iterator[Piece]
     yield Piece("out", weights.out)
 
 
-def low_rank(names: _Names, part: str, weights: LowRank) -> Iterator[Piece]:
+def low_rank(names: Names, part: str, weights: LowRank) -> Iterator[Piece]:
     """Down, norm, up."""
     yield Piece(f"{part}_down", weights.down)
     yield from names.norm(f"{part}_down_norm", weights.norm)
     yield Piece(f"{part}_up", weights.up)
 
 
-def mlp(names: _Names, prefix: str, weights: Mlp, expert: int = 0) -> Iterator[Piece]:
+def mlp(names: Names, prefix: str, weights: Mlp, expert: int = 0) -> Iterator[Piece]:
     """Gate (where there is one), up and down."""
     if weights.gate is not None:
         yield from half(names, f"{prefix}gate", weights.gate, expert)
@@ -244,12 +163,12 @@ def mlp(names: _Names, prefix: str, weights: Mlp, expert: int = 0) -> Iterator[P
     yield from names.linear(f"{prefix}down", weights.down, weights.down_bias, expert)
 
 
-def half(names: _Names, part: str, weights: Half, expert: int) -> Iterator[Piece]:
+def half(names: Names, part: str, weights: Half, expert: int) -> Iterator[Piece]:
     """One half of an MLP's first matrix."""
     yield from names.linear(part, weights.weight, weights.bias, expert)
 
 
-def moe(names: _Names, weights: Moe) -> Iterator[Piece]:
+def moe(names: Names, weights: Moe) -> Iterator[Piece]:
     """The router in the model's dtype, as the family has it; experts one by one, or together."""
     yield from names.linear("router", weights.router, weights.router_linear_bias)
     if weights.router_bias is not None:
@@ -271,7 +190,7 @@ def moe(names: _Names, weights: Moe) -> Iterator[Piece]:
         yield Piece("shared_gate", weights.shared_gate)
 
 
-def together(names: _Names, experts: tuple[Mlp, ...]) -> Iterator[Piece]:
+def together(names: Names, experts: tuple[Mlp, ...]) -> Iterator[Piece]:
     """GPT-OSS: [E, H, 2F] with gate and up in turn, [E, F, H], and their biases."""
     names.check_left_out("experts.gate_up")
     first = [tuple(half.weight.mT for half in one.halves) for one in experts]
