@@ -17,6 +17,7 @@ from fuseport_testing.tiny import write_tiny
 from fuseport.converter import Recipe, convert_checkpoint, verify_checkpoint
 from fuseport.converter.checkpoint import MANIFEST, file_digest
 from fuseport.converter.errors import OutputError, VerificationError
+from fuseport.converter.publish import publish
 
 Json = dict[str, Any]
 
@@ -292,3 +293,27 @@ def test_missing_file(result: Path) -> None:
     bad(result, match="rank1.safetensors is missing")
     (result / "rank1.safetensors").mkdir()
     bad(result, match="rank1.safetensors is missing")
+
+
+def test_a_file_that_is_begun_while_a_directory_goes_is_removed_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process may not have heard yet that all is over."""
+    remove, late = shutil.rmtree, ["one", "two"]
+
+    def racing(path: Path, **options: Any) -> None:
+        remove(path, **options)
+        if late:
+            path.mkdir()
+            (path / late.pop()).touch()
+
+    monkeypatch.setattr(shutil, "rmtree", racing)
+
+    def end() -> None:
+        with publish(tmp_path / "out", {"source": "any"}, needed=0):
+            raise RuntimeError("over")
+
+    with pytest.raises(RuntimeError, match="over"):
+        end()
+    assert not late
+    assert list(tmp_path.iterdir()) == []
