@@ -59,10 +59,11 @@ def in_turn(
     early: list[Wanted] = []
     soon: list[Wanted] = []
     late: list[Wanted] = []
+    known = {*first}
     for group in _groups(tensors):
         if any(map(is_late, group)):
             late += group
-        elif first and all(_sources(one) <= {*first} for one in group):
+        elif known and all(_sources(one) <= known for one in group):
             early += group
         else:
             soon += group
