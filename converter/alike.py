@@ -8,7 +8,7 @@ from collections.abc import Hashable, Iterable, Mapping
 
 import torch
 
-from fuseport.kernels.tables import ALIGNED
+from fuseport.kernels.move import ALIGNED
 
 from .layout import Layout, mapped
 from .model import ModelSpec

@@ -13,9 +13,8 @@ from typing import NamedTuple
 
 import torch
 
-from fuseport.kernels.move import Move, distinct_amaxes
+from fuseport.kernels.move import ALIGNED, Move, distinct_amaxes
 from fuseport.kernels.repeats import Repeat, Time
-from fuseport.kernels.tables import ALIGNED
 
 from . import collector
 from .alike import Alike, looks_of

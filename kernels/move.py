@@ -23,6 +23,8 @@ TRANSPOSE_TILE = 128, 64
 # Vector loads and stores need every length, stride and pointer to be a multiple of this many
 # elements (and pointers of 16 bytes).
 VECTOR = 16
+# Bytes of the widest access: addresses modulo this decide which code runs.
+ALIGNED = 16
 # A run of columns at least this long is folded into rows of TILE_COLS, which fills tiles better
 # than a few very long rows do.
 FOLD = 64 * TILE_COLS

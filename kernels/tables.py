@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .move import Box, Move, describe, is_vector, tile_shape
+from .move import ALIGNED, Box, Move, describe, is_vector, tile_shape
 from .quant import (
     BlockScale,
     GivenScale,
@@ -43,8 +43,6 @@ TWO_PASSES = ("tensor", "nv")
 BLOCK_TILE, PIECE_TILE = (128, 128), (32, 512)
 # Fields of a descriptor that no pattern knows: dst, src, scale, job, amax, second scale, flag.
 ADDRESSES = [0, 1, 14, 15, 16, 18, 19]
-# Bytes of the widest access: an address modulo this is part of the pattern.
-ALIGNED = 16
 # Rows up to this many elements are held in one tile; longer ones are walked in tiles of LOOP_TILE.
 LONGEST_ROW, ROW_TILE, LOOP_TILE = 16384, 4096, 8192
 
