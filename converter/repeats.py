@@ -6,7 +6,6 @@ for the first of each; for the others memory, names and addresses are enough.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -157,8 +156,10 @@ class Repeats:
         if not self._small.get(memory):
             # Each begins where the first one of a pattern might have begun.
             slot = -(-nbytes // ALIGNED) * ALIGNED // dtype.itemsize
-            slots = self._make.allocate((_TOGETHER, slot), dtype=dtype).unbind(0)
-            self._small[memory] = [one[: math.prod(shape)].view(shape) for one in slots]
+            slots = self._make.allocate((_TOGETHER, slot), dtype=dtype)
+            strides = torch.empty(shape, device="meta").stride()
+            together = slots.as_strided((_TOGETHER, *shape), (slot, *strides))
+            self._small[memory] = list(together.unbind(0))
         return self._small[memory].pop()
 
     def _sources(self, part: TargetTensor, look: _Look) -> list[torch.Tensor]:
