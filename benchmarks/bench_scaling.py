@@ -84,11 +84,23 @@ def known(work: Work, **more: float) -> dict[str, float]:
     return {"source_bytes": work.source_bytes, "tensors": len(work.weights), **more}
 
 
+LAUNCHES: dict[str, Callable[[Work], Callable[[], object]]] = {
+    "warm launch": lambda work: work.batch.run,
+    "kept plan, CUDA graph": lambda work: work.refit(graph=True).run,
+}
+
+
+@pytest.mark.parametrize("way", LAUNCHES)
 @pytest.mark.parametrize("size", WHOLE_SIZES)
-def test_size(size: float, checked: Callable[[Case, str], Work], timed: Timed) -> None:
+def test_size(
+    size: float, way: str, checked: Callable[[Case, str], Work], timed: Timed, bench: Bench
+) -> None:
     """The launches against the source's bytes."""
+    if bench.is_toy and "graph" in way:
+        pytest.skip("a CUDA graph needs a GPU")
     work = checked(by_size(size), "given")
-    timed(work.case.name, "given", "warm launch", work.moved_bytes, work.batch.run, known(work))
+    run = LAUNCHES[way](work)
+    timed(work.case.name, "given", way, work.moved_bytes, run, known(work))
 
 
 def buckets_match(work: Work, buckets: Iterator[list[tuple[str, torch.Tensor]]]) -> bool:

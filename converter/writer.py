@@ -30,7 +30,7 @@ from .limits import MOST_FILES, threads
 from .timings import Timings
 
 # Bytes of one positioned write.
-PART = 8 << 20
+PART = 32 << 20
 # Threads that write one file: while one copies, another one gets ready.
 _A_FILE = 2
 # File systems that cannot preallocate; the length is set instead.
