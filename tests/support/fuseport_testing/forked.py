@@ -22,6 +22,8 @@ from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import torch
+
 # Where a GPU runs the kernels, a process may choose otherwise before it imports them.
 PRELOAD = ["torch", "torch.distributed.launcher.api"]
 MEGATRON = ["megatron.core.dist_checkpointing", "megatron.core.models.gpt.gpt_layer_specs"]
@@ -96,7 +98,12 @@ def torchrun(
     timeout: float,
     cwd: Path | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """`torchrun --standalone --nproc-per-node RANKS ARGUMENTS`, whose agent forks the ranks."""
+    """`torchrun --standalone --nproc-per-node RANKS ARGUMENTS`, whose agent forks the ranks.
+
+    Beside a GPU each is an interpreter: the agent asks for GPUs, and a fork has no CUDA after that.
+    """
+    if torch.cuda.is_available():
+        return torchrun_afresh(ranks, *arguments, environment=environment, timeout=timeout, cwd=cwd)
     return Process(*arguments, environment=environment, cwd=cwd, ranks=ranks).end(timeout)
 
 
