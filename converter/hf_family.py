@@ -93,14 +93,17 @@ class Family:
         """What is added to a stored norm weight to get the true one."""
         return 1.0 if self.zero_centred_norms else 0.0
 
-    def module(self, part: str, layer: int = 0, expert: int = 0) -> tuple[str, ...]:
-        """The names of a part's module; none if the family has no such part."""
+    def module(self, part: str, layer: int | None = 0, expert: int = 0) -> tuple[str, ...]:
+        """The names of a part's module; none if the family has no such part.
+
+        Without a layer they are `in_layer`'s.
+        """
         return _filled(self.modules.get(part, ()), layer, expert)
 
     def names(
-        self, part: str, kind: str = "weight", layer: int = 0, expert: int = 0
+        self, part: str, kind: str = "weight", layer: int | None = 0, expert: int = 0
     ) -> tuple[str, ...]:
-        """The names of a part's tensor, the one that is written first."""
+        """The names of a part's tensor, the one that is written first; `layer` as for `module`."""
         modules = self.module(part, layer, expert)
         return tuple(f"{module}.{kind}" for module in modules) or _filled(
             self.tensors.get(part, ()), layer, expert
@@ -113,9 +116,15 @@ class Family:
         return GROUPS[part].format(module=module, parent=module.rpartition(".")[0])
 
 
-def _filled(names: tuple[str, ...], layer: int, expert: int) -> tuple[str, ...]:
-    i, e = str(layer), str(expert)
-    return tuple([name.replace("{i}", i).replace("{e}", e) for name in names])
+def _filled(names: tuple[str, ...], layer: int | None, expert: int) -> tuple[str, ...]:
+    e = str(expert)
+    found = [name.replace("{e}", e) for name in names]
+    return tuple(found if layer is None else [in_layer(name, layer) for name in found])
+
+
+def in_layer(name: str, layer: int) -> str:
+    """A name of a table with its layer's number."""
+    return name.replace("{i}", str(layer))
 
 
 def packaged() -> dict[str, Family]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 
@@ -61,9 +61,9 @@ class QuantisedWeights:
     def names(self, target: TargetTensor) -> list[str]:
         """Of codes and computed scales."""
         module = target.name.rpartition(".")[0]
-        return [target.name, *(f"{module}.{kind.suffix}" for kind in self._kinds)]
+        return [target.name, *[f"{module}.{kind.suffix}" for kind in self._kinds]]
 
-    @property
+    @cached_property
     def _kinds(self) -> list[ScaleTensor]:
         return [kind for kind in (self.chosen.scale, self.chosen.second) if kind is not None]
 

@@ -37,6 +37,7 @@ from .targets.target import Task
 PART = 1 << 31
 
 
+@collector.paused()
 def convert_state_dict(
     state_dict: Mapping[str, torch.Tensor],
     spec: ModelSpec,
@@ -68,7 +69,7 @@ def convert_state_dict(
         state_dict, spec = without_further(state_dict, spec)
     TARGETS[recipe.target].check(spec, recipe)
     found = read_stored(state_dict)
-    plain = {name: value for name, value in state_dict.items() if not is_stored_fp8(value)}
+    plain = {n: v for n, v in state_dict.items() if not is_stored_fp8(v)} if found else state_dict
     tensors = {unwrapped(name): tensor for name, tensor in weights(plain).items()}
     tensors |= {name: one.codes for name, one in found.items()}
     # What is quantised already goes other ways, by the names of its tensors.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -18,8 +19,7 @@ from .quant import GivenScale, NvScale, Scheme, TensorScale, placed
 from .regions import stage
 
 
-@dataclass(frozen=True)
-class Time:
+class Time(NamedTuple):
     """The memory of one time, in the order of a `Repeat`'s own.
 
     Attributes:

@@ -27,7 +27,7 @@ from ..logical import (
 )
 from ..model import ModelSpec
 from ..recipe import Recipe
-from .hf_names import Names, Piece
+from .hf_names import Names, Piece, numbered
 from .parts import TargetTensor
 
 
@@ -49,10 +49,12 @@ class HfRules:
 
     def tensors(self) -> Iterator[TargetTensor]:
         """Every tensor: the embedding, the layers, the output."""
-        for names, pieces in self._pieces():
-            yield from map(names.place, pieces)
+        for layer, placed in self._placed():
+            for one in placed:
+                yield numbered(one, layer)
 
-    def _pieces(self) -> Iterator[tuple[Names, Iterable[Piece]]]:
+    def _placed(self) -> Iterator[tuple[int, Iterable[TargetTensor]]]:
+        """What is outside of the layers (-1), and each layer's tensors."""
         model, names = self.model, Names(self.family, self.recipe, -1)
         if model.positions is not None:
             raise UnsupportedOptionError(
@@ -60,21 +62,21 @@ class HfRules:
                 f"{self.family.model_type} has no tensor"
             )
         if model.embedding is not None:
-            yield names, [Piece("embedding", self._vocabulary(model.embedding))]
-        # By identity: layers that are alike are one object, and have the same pieces.
-        known: dict[int, list[Piece]] = {}
+            yield -1, [names.place(Piece("embedding", self._vocabulary(model.embedding)))]
+        # By identity: layers that are alike are one object.
+        known: dict[int, list[TargetTensor]] = {}
         for index, layer in enumerate(model.layers):
-            own = Names(self.family, self.recipe, index)
             if id(layer) not in known:
-                known[id(layer)] = list(_layer(own, layer))
-            yield own, known[id(layer)]
+                own = Names(self.family, self.recipe, index)
+                known[id(layer)] = list(map(own.place, _layer(own, layer)))
+            yield index, known[id(layer)]
         for number, further in enumerate(model.further, len(model.layers)):
             own = Names(self.family, self.recipe, number)
-            yield own, self._further(own, further)
+            yield number, map(own.place, self._further(own, further))
         if model.final_norm is not None:
-            yield names, names.norm("final_norm", model.final_norm)
+            yield -1, map(names.place, names.norm("final_norm", model.final_norm))
         if model.output is not None:
-            yield names, [Piece("output", self._vocabulary(model.output))]
+            yield -1, [names.place(Piece("output", self._vocabulary(model.output)))]
 
     def _further(self, names: Names, further: Further) -> Iterator[Piece]:
         yield from _layer(names, further.layer)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from ..errors import UnsupportedOptionError
-from ..hf_family import Family
+from ..hf_family import Family, in_layer
 from ..layout import Layout
 from ..logical import Norm
 from ..recipe import Recipe, matches
@@ -30,14 +30,17 @@ class Piece(NamedTuple):
 
 
 class Names:
-    """The pieces of one layer, and the target tensors that they become there."""
+    """The pieces of one layer, and the target tensors that they become.
+
+    Layers that are alike have the same ones, `numbered`: `layer` is the first of them.
+    """
 
     def __init__(self, family: Family, recipe: Recipe, layer: int) -> None:
         self.family, self.layer = family, layer
         self.dtype, self.recipe = recipe.torch_dtype, recipe
 
     def place(self, piece: Piece) -> TargetTensor:
-        """A piece by its name in this layer.
+        """A piece by its name, in which the layer has no number yet.
 
         Raises:
             UnsupportedOptionError: the family has no name for it.
@@ -52,11 +55,11 @@ class Names:
             module = ""
         return TargetTensor(
             0, name, piece.layout, piece.dtype or self.dtype, piece.shift, group=group,
-            module=module, layer=self.layer, cache=_cache(part, module) if module else None,
+            module=module, cache=_cache(part, module) if module else None,
         )  # fmt: skip
 
     def _name(self, piece: Piece) -> str:
-        names = self.family.names(piece.part, piece.kind, self.layer, piece.expert)
+        names = self.family.names(piece.part, piece.kind, None, piece.expert)
         if not names:
             raise UnsupportedOptionError(
                 f"layer {self.layer} has a part {piece.part!r}, for which the family "
@@ -95,6 +98,17 @@ class Names:
     def module(self, part: str) -> bool:
         """True if the family has such a linear."""
         return bool(self.family.module(part))
+
+
+def numbered(one: TargetTensor, layer: int) -> TargetTensor:
+    """What a placed piece is in a layer."""
+    cache = one.cache
+    if cache is not None:
+        cache = CacheScale(in_layer(cache.name, layer), cache.shape, cache.kinds)
+    return one._replace(
+        name=in_layer(one.name, layer), group=in_layer(one.group, layer),
+        module=in_layer(one.module, layer), layer=layer, cache=cache,
+    )  # fmt: skip
 
 
 def _cache(part: str, module: str) -> CacheScale | None:
