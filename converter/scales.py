@@ -76,6 +76,8 @@ class ScaleTable:
             for kind, value in asdict(scales).items()
             if value is not None
         }
+        # Names are looked up: a table may have one for each of thousands of experts.
+        self._patterns = [key for key in self._entries if not set(key[0]).isdisjoint("*?[")]
         self._matched: set[tuple[str, str]] = set()
 
     @property
@@ -96,16 +98,16 @@ class ScaleTable:
 
     def find(self, name: str, kind: str) -> float | None:
         """One kind of scale; raises as `module` does."""
-        matches = [
-            key
-            for key in self._entries
-            if key[1] == kind and (key[0] == name or fnmatch.fnmatchcase(name, key[0]))
-        ]
+        matches = {
+            key for key in self._patterns if key[1] == kind and fnmatch.fnmatchcase(name, key[0])
+        }
+        if (name, kind) in self._entries:
+            matches.add((name, kind))
         if not matches:
             return None
         self._matched.update(matches)
         best = max(_exactness(pattern, name) for pattern, _ in matches)
-        chosen = [key for key in matches if _exactness(key[0], name) == best]
+        chosen = sorted(key for key in matches if _exactness(key[0], name) == best)
         if len(chosen) > 1:
             raise ScaleError(
                 f"{self.origin}: {kind} of {name} is given by {chosen[0][0]} and as exactly by "
