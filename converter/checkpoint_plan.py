@@ -87,7 +87,7 @@ class CheckpointPlan:
 
 @collector.paused()
 def plan_checkpoint(
-    source: Path | Source,
+    source: str | Path | Source,
     recipe: Recipe,
     facts: Mapping[str, object] | ModelSpec | None = None,
 ) -> CheckpointPlan:

@@ -62,8 +62,8 @@ class Job:
 
 
 def convert_checkpoint(
-    source: Path | CheckpointPlan,
-    out: Path,
+    source: str | Path | CheckpointPlan,
+    out: str | Path,
     recipe: Recipe | None = None,
     facts: Mapping[str, object] | ModelSpec | None = None,
     *,
@@ -71,7 +71,7 @@ def convert_checkpoint(
     device: str = "auto",
     overwrite: bool = False,
     resume: bool = False,
-    assets: Path | None = None,
+    assets: str | Path | None = None,
     measure: bool = False,
     limits: Limits | None = None,
     timings: Timings | None = None,
@@ -104,10 +104,12 @@ def convert_checkpoint(
     plan = source
     if not isinstance(plan, CheckpointPlan):
         plan = plan_checkpoint(plan, recipe or Recipe(), facts)
+    out = Path(out)
     keep_apart(plan.source.origin, out)
     job = Job(
-        backend, device, overwrite, resume, assets, limits or Limits(), timings or Timings(),
-        progress, group or Alone(), check_source, measure=measure,
+        backend, device, overwrite, resume, None if assets is None else Path(assets),
+        limits or Limits(), timings or Timings(), progress, group or Alone(), check_source,
+        measure=measure,
     )  # fmt: skip
     return carry_out(plan, out, job)
 
@@ -116,7 +118,7 @@ def export_state_dict(
     state_dict: Mapping[str, torch.Tensor],
     spec: ModelSpec,
     recipe: Recipe,
-    out: Path,
+    out: str | Path,
     *,
     scales: Mapping[str, GivenScale] | None = None,
     backend: str = "auto",
@@ -146,7 +148,7 @@ def export_state_dict(
         backend, str(where), overwrite, limits=limits or Limits(), timings=timings or Timings(),
         progress=progress, sync=sync,
     )  # fmt: skip
-    return carry_out(plan, out, job)
+    return carry_out(plan, Path(out), job)
 
 
 def _plan_memory(
@@ -179,7 +181,7 @@ def carry_out(plan: CheckpointPlan, out: Path, job: Job) -> Report:
     choose(job.backend, device)
     try:
         _agree(known, job.group)
-        results = (_lead if job.group.rank == 0 else _follow)(plan, Path(out), known, job)
+        results = (_lead if job.group.rank == 0 else _follow)(plan, out, known, job)
     except BaseException as error:
         if (cause := job.group.fail(error)) is not None:
             raise cause from error

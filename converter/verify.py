@@ -66,8 +66,8 @@ class Verification:
 
 
 def verify_checkpoint(
-    out: Path,
-    source: Path | None = None,
+    out: str | Path,
+    source: str | Path | None = None,
     *,
     limits: Limits | None = None,
     progress: Progress = lambda nbytes: None,
@@ -174,7 +174,7 @@ def _check_structure(out: Path, manifest: Mapping[str, Any]) -> None:
                     )
 
 
-def _plan_again(source: Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
+def _plan_again(source: str | Path, manifest: Mapping[str, Any]) -> CheckpointPlan:
     try:
         spec, recipe = ModelSpec.from_json(manifest["spec"]), Recipe(**manifest["recipe"])
     except (KeyError, TypeError, ValueError, FuseportError) as error:

@@ -69,7 +69,7 @@ class Source:
 
 
 def open_source(
-    path: Path,
+    path: str | Path,
     facts: Mapping[str, object] | None = None,
     family: Table | None = None,
     mtp: str = "drop",

@@ -33,6 +33,16 @@ def result(source: Path, tmp_path: Path) -> Path:
     return tmp_path / "out"
 
 
+def test_paths_may_be_strings(source: Path, tmp_path: Path) -> None:
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
+    out = str(tmp_path / "strings")
+    convert_checkpoint(str(source), out, Recipe(target="hf"), assets=str(tokenizer))
+    assert Path(out, "tokenizer.json").read_text() == "{}"
+    assert verify_checkpoint(out, str(source)).accounting is not None
+
+
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 

@@ -238,7 +238,7 @@ def test_a_state_dict_is_published(target: str, tmp_path: Path) -> None:
     state = {name: torch.randn(shape) for name, shape in SHAPES.items()}
     spec = ModelSpec(**FACTS)  # type: ignore[arg-type]
     recipe = Recipe(target=target, tp_size=2 if target == "trtllm" else 1)
-    report = export_state_dict(state, spec, recipe, tmp_path / "out")
+    report = export_state_dict(state, spec, recipe, str(tmp_path / "out"))
     expected = convert_state_dict(state, spec, recipe)
     files = sorted((tmp_path / "out").glob("*.safetensors"))
     assert report.tensors == sum(len(rank) for rank in expected)
