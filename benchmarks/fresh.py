@@ -55,7 +55,22 @@ def torch_compile(weights: Weights, task: Task, done: Done) -> list[Matrix]:
     return result
 
 
+def triton_alone(weights: Weights, task: Task, done: Done) -> list[Matrix]:
+    """What any way with a Triton kernel takes; its cache's key is a hash of its whole library."""
+    import triton
+
+    @triton.jit
+    def nothing(pointer):  # type: ignore[no-untyped-def]
+        pass
+
+    nothing[(1,)](next(iter(weights.values())))
+    done("first result")
+    return []
+
+
 WAYS = {"fuseport": fuseport, "torch.compile, CUDA graph": torch_compile}
+# What converts nothing.
+FLOORS = {"Triton, an empty kernel": triton_alone}
 
 
 def is_right(found: list[Matrix], weights: Weights, task: Task) -> bool:
@@ -88,8 +103,9 @@ def main() -> None:
     if device == "cuda":
         torch.cuda.synchronize()
     begin = time.perf_counter()
-    found = WAYS[sys.argv[1]](weights, task, done)
-    right = is_right(found, weights, task)
+    way = sys.argv[1]
+    found = (WAYS | FLOORS)[way](weights, task, done)
+    right = way in FLOORS or is_right(found, weights, task)
     print(json.dumps({"right": right, "points": points}))
 
 
