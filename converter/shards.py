@@ -6,6 +6,7 @@ tensors, so that nothing else has to be agreed on. Megatron-Core's cuts are in `
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,6 +119,24 @@ class Whole:
     grid: Shape
     dtype: torch.dtype
     pieces: tuple[Piece, ...]
+
+    def meeting(self, first: int, stop: int) -> list[Piece]:
+        """The pieces with some of [first, stop) of the first axis, in order.
+
+        All experts of a layer may be one tensor, of which a move reads one.
+        """
+        bands = self._bands.items()
+        near = [n for (low, high), own in bands if low < stop and first < high for n in own]
+        return [self.pieces[number] for number in sorted(near)]
+
+    @functools.cached_property
+    def _bands(self) -> dict[tuple[int, int], list[int]]:
+        """The pieces' numbers by their ranges of the first axis."""
+        found: dict[tuple[int, int], list[int]] = {}
+        for number, piece in enumerate(self.pieces):
+            low, size = (piece.start[0], piece.shape[0]) if piece.start else (0, 1)
+            found.setdefault((low, low + size), []).append(number)
+        return found
 
 
 def kinds_of(tensors: Mapping[str, torch.Tensor]) -> dict[str, Kind]:

@@ -8,9 +8,10 @@ falls into the middle of one.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -75,8 +76,8 @@ def slices(dst: torch.Tensor, src: torch.Tensor, whole: Whole) -> Iterator[Slice
         return
     start = _position(int(src.storage_offset()), whole.grid)
     steps, covered = tuple(map(_Stepper(whole.grid), src.shape, src.stride())), 0
-    for piece in whole.pieces:
-        for spans in _spans(steps, start, piece):
+    for piece in whole.meeting(*_rows(steps, start)):
+        for spans in _spans(steps, start, piece.start, piece.shape):
             part, first = dst, list(start)
             for dim, (begin, count) in spans.items():
                 step = steps[dim]
@@ -98,6 +99,12 @@ def _position(offset: int, grid: Shape) -> Shape:
     return tuple(offset // stride % size for stride, size in pairs)
 
 
+def _rows(steps: Sequence[Step | None], start: Shape) -> Span:
+    """[first, stop) of the tensor's first axis that a view is within; of a scalar its element."""
+    first = start[0] if start else 0
+    return first, first + 1 + sum((s.count - 1) * s.step for s in steps if s and not s.axis)
+
+
 class _Stepper:
     """Turns a view's (size, stride) into steps along an axis; None where it stays in place."""
 
@@ -112,18 +119,24 @@ class _Stepper:
         return Step(axis, stride // unit, size)
 
 
-def _spans(steps: Sequence[Step | None], start: Shape, piece: Piece) -> Iterator[dict[int, Span]]:
-    """Boxes of the view that lie in the piece: dimension → span; others are whole or stay."""
+# Layers and experts are cut alike: of tens of thousands of calls a few dozen differ.
+@functools.lru_cache(maxsize=4096)
+def _spans(
+    steps: tuple[Step | None, ...], start: Shape, corner: Shape, shape: Shape
+) -> tuple[Mapping[int, Span], ...]:
+    """Boxes of the view in a piece at `corner`: dimension → span; others are whole or stay."""
     choices: list[list[dict[int, Span]]] = []
     for axis, begin in enumerate(start):
         dims = [(d, s) for d, s in enumerate(steps) if s is not None and s.axis == axis]
         dims.sort(key=lambda pair: -pair[1].step)
-        low, high = piece.start[axis] - begin, piece.start[axis] + piece.shape[axis] - begin
+        low, high = corner[axis] - begin, corner[axis] + shape[axis] - begin
         boxes = list(_inside([step for _, step in dims], low, high))
         numbers = [dim for dim, _ in dims]
         choices.append([dict(zip(numbers, box, strict=True)) for box in boxes])
-    for chosen in itertools.product(*choices):
-        yield {dim: span for one in chosen for dim, span in one.items()}
+    return tuple(
+        {dim: span for one in chosen for dim, span in one.items()}
+        for chosen in itertools.product(*choices)
+    )
 
 
 def _inside(steps: Sequence[Step], low: int, high: int) -> Iterator[tuple[Span, ...]]:

@@ -100,7 +100,7 @@ def _wanted(planned: Planned, wanters: tuple[int, ...], sources: Sources, turn: 
         name, whole = sources[storage_key(move.src)]
         for one in slices(elements_of(move), move.src, whole):
             holders = sorted(one.piece.holders)
-            takers = tuple(process for process in wanters if process not in holders)
+            takers = tuple(process for process in wanters if process not in one.piece.holders)
             yield Part(move, name, one, holders[turn % len(holders)], takers, _travels_as(move))
 
     found = tuple(tuple(parts(move)) for move in planned.moves)
@@ -187,6 +187,7 @@ def traffic(tensors: Sequence[Wanted], processes: int) -> list[list[int]]:
     """[sender][receiver]: bytes that travel in one run."""
     table = [[0] * processes for _ in range(processes)]
     for message in messages(tensors):
+        nbytes = message.nbytes
         for taker in message.takers:
-            table[message.holder][taker] += message.nbytes
+            table[message.holder][taker] += nbytes
     return table

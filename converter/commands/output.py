@@ -31,6 +31,9 @@ class Output:
 
     def say(self, *parts: RenderableType) -> None:
         """Tell people."""
+        if self.console.quiet:
+            # It would lay out every row all the same, which takes a millisecond each.
+            return
         for part in parts:
             self.console.print(part)
 

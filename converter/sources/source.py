@@ -118,7 +118,7 @@ def _with_further(source: Source, mtp: str) -> Source:
     dropped = {storage_key(source.tensors[name]) for name in extra}
     return dataclasses.replace(
         source,
-        tensors={name: one for name, one in source.tensors.items() if name not in extra},
+        tensors={name: one for name, one in source.tensors.items() if not name.startswith(FURTHER)},
         stored={key: one for key, one in source.stored.items() if key not in dropped},
         facts=facts,
         ignored={**source.ignored, **dict.fromkeys(extra, "predicts further tokens")},

@@ -22,6 +22,7 @@ import torch
 from ..errors import CorruptSourceError
 
 Shape = tuple[int, ...]
+_Positions = npt.NDArray[np.int64]
 
 # Rows of a box at least this long are read each by itself; shorter ones in blocks.
 _LONG_ROW_BYTES = 1 << 16
@@ -99,9 +100,19 @@ class Stored:
         self._check(start, stop, out)
         if start == stop:
             return
-        first, last = self._spans
-        for index in np.flatnonzero((first < stop) & (last > start)).tolist():
+        for index in self._meeting(start, stop):
             _Box(self, self.pieces[index]).copy(start, stop, out)
+
+    def _meeting(self, start: int, stop: int) -> list[int]:
+        """The pieces whose spans meet [start, stop), without a look at all the others.
+
+        A stack of experts has a piece for each of a layer's, and is read one expert at a time.
+        """
+        order, first, last, reach = self._spans
+        low = int(np.searchsorted(reach, start, side="right"))
+        high = int(np.searchsorted(first, stop, side="left"))
+        found: list[int] = order[low:high][last[low:high] > start].tolist()
+        return found
 
     def _check(self, start: int, stop: int, out: torch.Tensor) -> None:
         if not 0 <= start <= stop <= self.numel:
@@ -120,16 +131,22 @@ class Stored:
         return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
     @functools.cached_property
-    def _spans(self) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-        """Each piece's first element's position, and the one after its last element's."""
+    def _spans(self) -> tuple[_Positions, _Positions, _Positions, _Positions]:
+        """The pieces' numbers by their first element's position, and that position.
+
+        Then the one after the last element's, and the farthest of those so far.
+        """
         strides = self._strides
         first = [sum(o * s for o, s in zip(p.offset, strides, strict=True)) for p in self.pieces]
         extent = [
             sum((size - 1) * stride for size, stride in zip(p.shape, strides, strict=True))
             for p in self.pieces
         ]
-        spans = np.array(first, dtype=np.int64)
-        return spans, spans + np.array(extent, dtype=np.int64) + 1
+        starts = np.array(first, dtype=np.int64)
+        order = np.argsort(starts, kind="stable")
+        starts = starts[order]
+        ends = starts + np.array(extent, dtype=np.int64)[order] + 1
+        return order, starts, ends, np.maximum.accumulate(ends)
 
 
 class _Box:
