@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import math
 import os
 from dataclasses import dataclass
@@ -22,7 +23,6 @@ import torch
 from ..errors import CorruptSourceError
 
 Shape = tuple[int, ...]
-_Positions = npt.NDArray[np.int64]
 
 # Rows of a box at least this long are read each by itself; shorter ones in blocks.
 _LONG_ROW_BYTES = 1 << 16
@@ -108,11 +108,11 @@ class Stored:
 
         A stack of experts has a piece for each of a layer's, and is read one expert at a time.
         """
+        if len(self.pieces) == 1:
+            return [0]
         order, first, last, reach = self._spans
-        low = int(np.searchsorted(reach, start, side="right"))
-        high = int(np.searchsorted(first, stop, side="left"))
-        found: list[int] = order[low:high][last[low:high] > start].tolist()
-        return found
+        near = range(bisect.bisect_right(reach, start), bisect.bisect_left(first, stop))
+        return [order[index] for index in near if last[index] > start]
 
     def _check(self, start: int, stop: int, out: torch.Tensor) -> None:
         if not 0 <= start <= stop <= self.numel:
@@ -131,7 +131,7 @@ class Stored:
         return tuple(math.prod(shape[axis + 1 :]) for axis in range(len(shape)))
 
     @functools.cached_property
-    def _spans(self) -> tuple[_Positions, _Positions, _Positions, _Positions]:
+    def _spans(self) -> tuple[list[int], list[int], list[int], list[int]]:
         """The pieces' numbers by their first element's position, and that position.
 
         Then the one after the last element's, and the farthest of those so far.
@@ -142,11 +142,10 @@ class Stored:
             sum((size - 1) * stride for size, stride in zip(p.shape, strides, strict=True))
             for p in self.pieces
         ]
-        starts = np.array(first, dtype=np.int64)
-        order = np.argsort(starts, kind="stable")
-        starts = starts[order]
-        ends = starts + np.array(extent, dtype=np.int64)[order] + 1
-        return order, starts, ends, np.maximum.accumulate(ends)
+        order = sorted(range(len(first)), key=first.__getitem__)
+        starts = [first[index] for index in order]
+        ends = [first[index] + extent[index] + 1 for index in order]
+        return order, starts, ends, list(itertools.accumulate(ends, max))
 
 
 class _Box:
