@@ -174,6 +174,9 @@ def _plan_memory(
     return lay_out_plan(source, task, {}, {}, given)
 
 
+# Threads fill memory that is made here, and a mode is one thread's.
+@torch.inference_mode(False)
+@torch.no_grad()
 def carry_out(plan: CheckpointPlan, out: Path, job: Job) -> Report:
     """Convert what was planned, alone or as one of several processes."""
     known = identity(plan.fingerprint, plan.spec, plan.recipe, plan.images)

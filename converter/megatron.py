@@ -104,6 +104,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         self.inference_pp_size, self.pp_rank = place.pp_size, place.pp_rank
         self.tp_group: dist.ProcessGroup | None = place.tp_group
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def convert(
         self,

@@ -99,7 +99,9 @@ class WeightsConverter:
         suffix = ".weights_scaling_factor"
         return {
             name.removesuffix(suffix): GivenScale(
-                torch.as_tensor(scale["weight_multiplier"]).to(device, torch.float32).reshape(-1)
+                torch.as_tensor(
+                    scale["weight_multiplier"], dtype=torch.float32, device=device
+                ).reshape(-1)
             )
             for name, scale in self.scales.items()
             if name.removesuffix(suffix) != name
@@ -135,7 +137,9 @@ def _with_second(
     """With stand-ins for experts' second matrices, by which stacked experts are recognised."""
     shape = (spec.local_experts, spec.hidden_size, spec.moe_ffn_hidden_size)
     seconds = {
-        name.replace("linear_fc1", "linear_fc2"): torch.empty(shape, device="meta")
+        name.replace("linear_fc1", "linear_fc2"): torch.empty(
+            shape, dtype=torch.float32, device="meta"
+        )
         for name in tensors
         if ".experts.experts.linear_fc1." in name
     }

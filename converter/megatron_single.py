@@ -58,6 +58,7 @@ class SingleDeviceTRTLLMModelWeightsConverter(WeightsConverter):
         self.export_config = export_config
         self.moe_ep_size = moe_ep_size
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def convert(
         self,

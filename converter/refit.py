@@ -62,6 +62,8 @@ class Refit:
         FuseportError: see `errors`. With a group all processes raise, or none.
     """
 
+    # Memory that is made here is written again, outside of a mode that may be on now.
+    @torch.inference_mode(False)
     def __init__(
         self,
         source: Mapping[str, torch.Tensor],
@@ -107,6 +109,7 @@ class Refit:
         """`[sender][receiver]`: the bytes that travel in one run, by process of the group."""
         return traffic(self._plan.tensors, self._plan.processes)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, source: Mapping[str, torch.Tensor] | None = None) -> list[Tensors]:
         """Fill every output, on the current stream; the host waits for nothing.
@@ -137,6 +140,7 @@ class Refit:
             self._replay = _captured(filling) if self._graph else None
         return result
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def buckets(
         self, nbytes: int, source: Mapping[str, torch.Tensor] | None = None

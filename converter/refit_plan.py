@@ -93,7 +93,7 @@ def plan_refit(
     zeros = zero_row(model, spec, torch.device("meta"))
     task = Task(model, spec, recipe, zeros, scales)
     constants = Constants()
-    constants.add(PADDING, zeros, torch.zeros(zeros.shape, dtype=zeros.dtype))
+    constants.add(PADDING, zeros, torch.zeros(zeros.shape, dtype=zeros.dtype, device="cpu"))
     planned = _build(task, recipe, constants)
     sources = {storage_key(meta[name]): (name, whole) for name, whole in wholes.items()}
     for key, name in constants.names.items():
@@ -124,7 +124,8 @@ class Constants:
         name = f"(number {value!r})"
         if name in self._twins:
             return self._twins[name]
-        return self.add(name, torch.empty(1, device="meta"), torch.full((1,), value))
+        twin = torch.empty(1, dtype=torch.float32, device="meta")
+        return self.add(name, twin, torch.full((1,), value, dtype=torch.float32, device="cpu"))
 
 
 def _build(task: Task, recipe: Recipe, constants: Constants) -> list[Planned]:

@@ -175,7 +175,7 @@ def given_in_memory(task: Task, device: torch.device, states: Mapping[str, objec
 
     @functools.cache
     def constant(value: float) -> torch.Tensor:
-        return torch.full((1,), value, device=device)
+        return torch.full((1,), value, dtype=torch.float32, device=device)
 
     return Given(constant, table)
 

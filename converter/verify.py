@@ -65,6 +65,9 @@ class Verification:
     accounting: Accounting | None
 
 
+# Threads fill memory that is made here, and a mode is one thread's.
+@torch.inference_mode(False)
+@torch.no_grad()
 def verify_checkpoint(
     out: str | Path,
     source: str | Path | None = None,

@@ -160,4 +160,5 @@ def fused_copy_ref(
         counts.append(total)
     if not count:
         return None
-    return torch.stack(counts) if counts else torch.zeros(0, 2, dtype=torch.int64)
+    nothing = torch.zeros(0, 2, dtype=torch.int64, device="cpu")
+    return torch.stack(counts) if counts else nothing
