@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral
 
 import torch
 
@@ -21,6 +22,11 @@ from .sources.megatron_names import IGNORED
 from .sources.tiling import check_tiling
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, of Python or of numpy."""
+    return isinstance(value, Integral)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +61,11 @@ class Place:
             "ep": (self.ep_rank, self.ep_size),
             "expert_tp": self.share(True),
         }.items():
+            if not (is_whole(rank) and is_whole(size)):
+                raise RecipeError(
+                    f"{kind}_rank and {kind}_size must be whole numbers, found {rank!r} "
+                    f"and {size!r}"
+                )
             if not 0 <= rank < size:
                 raise RecipeError(f"{kind}_rank {rank} is outside {kind}_size {size}")
 

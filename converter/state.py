@@ -13,6 +13,7 @@ from fuseport.kernels.move import GivenScale
 
 from . import collector
 from .alike import Alike
+from .arguments import check_conversion, check_used
 from .backend import Make, choose, copier
 from .claims import Claims, StoredClaims, check_dtype
 from .errors import FuseportWarning, MissingTensorError
@@ -65,6 +66,7 @@ def convert_state_dict(
     Raises:
         FuseportError: see `errors`; nothing is converted.
     """
+    check_conversion(state_dict, spec, recipe, scales)
     if recipe.mtp == "drop":
         state_dict, spec = without_further(state_dict, spec)
     TARGETS[recipe.target].check(spec, recipe)
@@ -83,6 +85,7 @@ def convert_state_dict(
         tensors |= {name: dequantise(found[name]) for name in names}
         model = read_model(tensors, spec, StoredClaims)
     targets, make = prepare(tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid)
+    check_used(scales, targets)
     ready = copier(backend, next(iter(tensors.values())).device)
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(recipe.world_size)]
     for rank, name, tensor in _filled(targets, Repeats(make, alike), ready):
@@ -238,7 +241,10 @@ def weights(state_dict: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """
     found = tensors_of(state_dict)
     if not found:
-        raise MissingTensorError("the state dict holds no tensors")
+        keys = ", ".join(map(str, list(state_dict)[:5]))
+        raise MissingTensorError(
+            f"the state dict holds no tensors (its keys: {keys or 'none'}); give the model's own"
+        )
     return found
 
 

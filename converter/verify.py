@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from .arguments import check, check_given, result_path
 from .checkpoint import (
     DTYPE_NAMES,
     file_digest,
@@ -88,7 +89,9 @@ def verify_checkpoint(
         VerificationError: names the first file or tensor that differs.
         FuseportError: the source cannot be read, or does not fit the manifest.
     """
-    out = Path(out)
+    check(progress=progress)
+    check_given(limits=limits)
+    out = result_path(out)
     manifest = read_manifest(out)
     tensors = _check_files(out, manifest, progress)
     _check_structure(out, manifest)

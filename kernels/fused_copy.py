@@ -100,8 +100,14 @@ class FusedCopy:
             to be gathered into one matrix are counted under the first of them.
 
         Raises:
-            ValueError: an option was given that a batch with repeats does not have.
+            ValueError: an option was given that a batch with repeats does not have, or there is
+                nothing to launch on.
         """
+        if self.device.type != "cuda" and not is_interpreted():
+            raise ValueError(
+                f"the moves lie on {self.device}, and the kernels run on a GPU; set "
+                f"TRITON_INTERPRET=1 before they are imported, or take fused_copy_ref"
+            )
         if self._has_repeats and (count or power is not None or reduce is not None):
             raise ValueError("a batch with repeats can neither count nor merge amaxes")
         counters = self._zeros(torch.int64) if count else None

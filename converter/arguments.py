@@ -1,0 +1,190 @@
+"""What the public calls ask of their arguments before anything else is done.
+
+A wrong kind of argument, such as a model in place of its state dict, would otherwise end far from
+the caller, in an AttributeError that names nothing of theirs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from numbers import Integral, Real
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from fuseport.kernels.move import GivenScale
+
+from .errors import (
+    FuseportError,
+    MissingTensorError,
+    ModelError,
+    OutputError,
+    RecipeError,
+    ScaleError,
+    SourceError,
+    VerificationError,
+)
+from .limits import Limits
+from .model import ModelSpec
+from .recipe import Recipe
+from .shards import Place
+from .sources.stored_fp8 import is_stored_fp8
+from .targets.parts import TargetTensor
+
+Class = type[FuseportError]
+
+
+class Expected(NamedTuple):
+    """What an argument must be: its type, in words, and the error if it is something else."""
+
+    kind: type
+    words: str
+    error: Class
+
+
+_STATE = Expected(Mapping, "a mapping of names to tensors, such as model.state_dict()", SourceError)
+EXPECTED = {
+    "state_dict": _STATE,
+    "source": _STATE,
+    "spec": Expected(ModelSpec, "a ModelSpec", ModelError),
+    "facts": Expected(Mapping, "a mapping of names to values, such as vars(config)", ModelError),
+    "recipe": Expected(Recipe, "a Recipe", RecipeError),
+    "scales": Expected(Mapping, "a mapping of modules to GivenScale", ScaleError),
+    "limits": Expected(Limits, "Limits", RecipeError),
+    "progress": Expected(Callable, "a function of a number of bytes", RecipeError),  # type: ignore[arg-type]
+    "place": Expected(Place, "a Place", RecipeError),
+    "wants": Expected(Sequence, "a list of the target's ranks", RecipeError),
+    "outputs": Expected(Sequence, "a list of dicts, one for each rank", RecipeError),
+    "nbytes": Expected(Integral, "a whole number of bytes", RecipeError),
+}
+
+
+def check(**arguments: object) -> None:
+    """Raise the error of `EXPECTED` for the first argument that is of another kind."""
+    for name, value in arguments.items():
+        expected = EXPECTED[name]
+        if not isinstance(value, expected.kind):
+            raise expected.error(f"{name} must be {expected.words}, found {_found(value)}")
+
+
+def check_given(**arguments: object) -> None:
+    """Like `check`, for arguments that may be left out."""
+    check(**{name: value for name, value in arguments.items() if value is not None})
+
+
+def _found(value: object) -> str:
+    if value is None or isinstance(value, (str, int, float)):
+        return repr(value)
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
+
+
+def path_of(name: str, value: object, error: Class) -> Path:
+    """A path as the user wrote it; `~` is the home directory.
+
+    Raises:
+        FuseportError: of class `error`; it is no path.
+    """
+    try:
+        path = Path(value)  # type: ignore[arg-type]
+    except TypeError as cause:
+        raise error(f"{name} must be a path, as a str or Path, found {_found(value)}") from cause
+    # Of a user who is not known, it is a name like any other.
+    with suppress(RuntimeError):
+        return path.expanduser()
+    return path
+
+
+def source_path(value: object) -> Path:
+    """The directory of a source; see `path_of`."""
+    return path_of("source", value, SourceError)
+
+
+def out_path(value: object) -> Path:
+    """The directory to make; see `path_of`."""
+    return path_of("out", value, OutputError)
+
+
+def result_path(value: object) -> Path:
+    """The directory to verify; see `path_of`."""
+    return path_of("out", value, VerificationError)
+
+
+def check_state(state_dict: Mapping[str, object]) -> None:
+    """See that a state dict's tensors can be read.
+
+    Raises:
+        SourceError: it is none, or has keys that are no names.
+        MissingTensorError: a tensor has no memory here.
+        ModelError: it is sparse, or another package's array.
+    """
+    check(state_dict=state_dict)
+    for name, value in state_dict.items():
+        if not isinstance(name, str):
+            raise SourceError(f"state_dict has the key {name!r}, expected names of tensors")
+        if isinstance(value, torch.Tensor):
+            if not name.endswith("_extra_state") and not is_stored_fp8(value):
+                _check_readable(name, value)
+        elif hasattr(value, "__array__"):
+            raise ModelError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")
+
+
+def _check_readable(name: str, tensor: torch.Tensor) -> None:
+    try:
+        is_gone = tensor.numel() > 0 and not tensor.data_ptr()
+    except (RuntimeError, ValueError) as error:
+        raise ModelError(
+            f"{name} is a {type(tensor).__name__} of layout {tensor.layout}, expected one of "
+            f"torch.strided with values; make it dense"
+        ) from error
+    if is_gone:
+        raise MissingTensorError(
+            f"{name}, a {type(tensor).__name__} on {tensor.device}, has no values here; expected "
+            f"a whole tensor in memory (of a DTensor its full_tensor(); load a model that was made "
+            f"on meta)"
+        )
+
+
+def check_scales(scales: Mapping[str, GivenScale] | None) -> None:
+    """Raise ScaleError for what is no scale, or not a positive number where that is known."""
+    check_given(scales=scales)
+    for module, scale in (scales or {}).items():
+        if not isinstance(scale, GivenScale):
+            raise ScaleError(
+                f"scales: {module} has a {type(scale).__name__}, expected a GivenScale (of "
+                f"fuseport.kernels.quant), whose quant_scale multiplies before the cast"
+            )
+        value: object = scale.quant_scale
+        # The value of a tensor is not looked at: it may be on a GPU, which would be waited for.
+        if isinstance(value, Real) and not 0 < float(value) < float("inf"):
+            raise ScaleError(
+                f"scales: {module} has the quant_scale {value}, expected a positive, finite one"
+            )
+
+
+def check_used(scales: Mapping[str, GivenScale] | None, targets: Sequence[TargetTensor]) -> None:
+    """Raise ScaleError if a scale is for no module of the target."""
+    used = {id(target.quant) for target in targets}
+    unused = [module for module, scale in (scales or {}).items() if id(scale) not in used]
+    if unused:
+        raise ScaleError(
+            f"scales: {unused[0]} is no module with a weight; expected the target's names, such as "
+            f"transformer.layers.0.mlp.fc"
+        )
+
+
+def check_conversion(
+    state_dict: Mapping[str, object],
+    spec: ModelSpec,
+    recipe: Recipe,
+    scales: Mapping[str, GivenScale] | None,
+) -> None:
+    """The arguments that all conversions from memory have.
+
+    Raises:
+        FuseportError: one is of another kind, or the state dict's tensors cannot be read.
+    """
+    check(spec=spec, recipe=recipe)
+    check_scales(scales)
+    check_state(state_dict)
