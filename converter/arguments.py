@@ -28,6 +28,7 @@ from .errors import (
 )
 from .limits import Limits
 from .model import ModelSpec
+from .parallel import Parallel
 from .recipe import Recipe
 from .shards import Place
 from .sources.stored_fp8 import is_stored_fp8
@@ -57,11 +58,15 @@ EXPECTED = {
     "place": Expected(Place, "a Place", RecipeError),
     "wants": Expected(Sequence, "a list of the target's ranks", RecipeError),
     "outputs": Expected(Sequence, "a list of dicts, one for each rank", RecipeError),
+    "parallel": Expected(Parallel, "a Parallel", RecipeError),
+    "quantisation": Expected(Recipe, "a Recipe", RecipeError),
+    "trtllm_conversion_dict": Expected(Mapping, "a mapping of names to TRTLLMLayers", RecipeError),
+    "tokenizer_vocab_size": Expected(Integral, "a whole number of rows", RecipeError),
     "nbytes": Expected(Integral, "a whole number of bytes", RecipeError),
 }
 
 
-def check(**arguments: object) -> None:
+def check_kinds(**arguments: object) -> None:
     """Raise the error of `EXPECTED` for the first argument that is of another kind."""
     for name, value in arguments.items():
         expected = EXPECTED[name]
@@ -70,8 +75,8 @@ def check(**arguments: object) -> None:
 
 
 def check_given(**arguments: object) -> None:
-    """Like `check`, for arguments that may be left out."""
-    check(**{name: value for name, value in arguments.items() if value is not None})
+    """Like `check_kinds`, for arguments that may be left out."""
+    check_kinds(**{name: value for name, value in arguments.items() if value is not None})
 
 
 def _found(value: object) -> str:
@@ -119,7 +124,7 @@ def check_state(state_dict: Mapping[str, object]) -> None:
         MissingTensorError: a tensor has no memory here.
         ModelError: it is sparse, or another package's array.
     """
-    check(state_dict=state_dict)
+    check_kinds(state_dict=state_dict)
     for name, value in state_dict.items():
         if not isinstance(name, str):
             raise SourceError(f"state_dict has the key {name!r}, expected names of tensors")
@@ -185,6 +190,6 @@ def check_conversion(
     Raises:
         FuseportError: one is of another kind, or the state dict's tensors cannot be read.
     """
-    check(spec=spec, recipe=recipe)
+    check_kinds(spec=spec, recipe=recipe)
     check_scales(scales)
     check_state(state_dict)

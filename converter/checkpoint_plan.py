@@ -12,7 +12,7 @@ from types import MappingProxyType
 import torch
 
 from . import collector
-from .arguments import check, check_given, check_used, source_path
+from .arguments import check_given, check_kinds, check_used, source_path
 from .checkpoint import FileImage
 from .errors import RecipeError
 from .fingerprint import Fingerprint, fingerprint
@@ -102,7 +102,7 @@ def plan_checkpoint(
     Raises:
         FuseportError: the source, the facts and the recipe do not go together.
     """
-    check(recipe=recipe)
+    check_kinds(recipe=recipe)
     if not isinstance(facts, ModelSpec):
         check_given(facts=facts)
     given = dataclasses.asdict(facts) if isinstance(facts, ModelSpec) else facts

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import check, check_given, out_path, path_of
+from .arguments import check_given, check_kinds, out_path, path_of
 from .backend import choose, copier, default_device, on
 from .checkpoint import MANIFEST, copy_assets, write_json
 from .checkpoint_plan import CheckpointPlan, plan_checkpoint
@@ -93,7 +93,7 @@ def convert_checkpoint(
     Raises:
         FuseportError: see `errors`; `out` is as it was.
     """
-    check(progress=progress)
+    check_kinds(progress=progress)
     check_given(limits=limits)
     out = out_path(out)
     plan = _plan(source, recipe, facts)

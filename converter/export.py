@@ -9,7 +9,7 @@ import torch
 
 from fuseport.kernels.move import GivenScale
 
-from .arguments import check, check_conversion, check_given, out_path
+from .arguments import check_conversion, check_given, check_kinds, out_path
 from .checkpoint_plan import CheckpointPlan, lay_out_plan
 from .convert import Job, Progress, carry_out
 from .errors import UnsupportedOptionError
@@ -55,7 +55,7 @@ def export_state_dict(
     Raises:
         FuseportError: see `errors`; `out` is as it was.
     """
-    check(progress=progress)
+    check_kinds(progress=progress)
     check_given(limits=limits)
     out = out_path(out)
     plan = _plan_memory(state_dict, spec, recipe, scales)

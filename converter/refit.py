@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from fuseport.kernels.move import GivenScale
 
-from .arguments import check, check_given
+from .arguments import check_given, check_kinds
 from .backend import copier
 from .buckets import buffer_bytes, filled, laid_out, rounds
 from .errors import RecipeError, ShapeError
@@ -159,7 +159,7 @@ class Refit:
             RecipeError: several target ranks are filled here, whose names are alike.
             ShapeError, MissingTensorError: as `run`.
         """
-        check(nbytes=nbytes)
+        check_kinds(nbytes=nbytes)
         check_given(source=source)
         if len(self._plan.ranks) > 1:
             raise RecipeError(

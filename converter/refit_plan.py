@@ -12,8 +12,9 @@ import torch.distributed as dist
 from fuseport.kernels.move import GivenScale
 
 from . import collector
-from .arguments import check, check_given, check_scales, check_state, check_used
+from .arguments import check_given, check_kinds, check_scales, check_state, check_used
 from .errors import FuseportError, FuseportWarning, RecipeError, SourceError
+from .facts import is_whole
 from .given import Given, scale_table
 from .model import ModelSpec
 from .plan import Planned, on_meta, storage_key
@@ -21,7 +22,7 @@ from .quantise import build
 from .recipe import Recipe
 from .refit_amax import check_filled
 from .scales import ScaleTable
-from .shards import Held, Place, everywhere, is_whole, kinds_of, whole_names, whole_tensors
+from .shards import Held, Place, everywhere, kinds_of, whole_names, whole_tensors
 from .sources.further import without_further
 from .sources.megatron import read_model
 from .state import check_complete, weights, zero_row
@@ -77,7 +78,7 @@ def plan_refit(
     Raises:
         FuseportError: the same on every process.
     """
-    check(spec=spec, recipe=recipe, place=place)
+    check_kinds(spec=spec, recipe=recipe, place=place)
     check_given(wants=wants)
     check_scales(scales)
     ranks, fault = None if wants is None else tuple(wants), _fault(source, group)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from numbers import Integral
 
 import torch
 
 from .errors import RecipeError, ShapeError
+from .facts import is_whole
 from .layout import Shape
 from .megatron_names import unwrapped
 from .model import ModelSpec
@@ -22,11 +22,6 @@ from .sources.megatron_names import IGNORED
 from .sources.tiling import check_tiling
 
 _LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
-
-
-def is_whole(value: object) -> bool:
-    """Whether it is a whole number, of Python or of numpy."""
-    return isinstance(value, Integral)
 
 
 @dataclass(frozen=True, kw_only=True)

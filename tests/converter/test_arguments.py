@@ -5,6 +5,7 @@ from __future__ import annotations
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from fuseport.converter import (
 )
 from fuseport.converter.errors import RecipeError, ScaleError
 from fuseport.converter.limits import Limits
+from fuseport.converter.megatron import DistributedTRTLLMModelWeightsConverter, Parallel
 from fuseport.converter.refit import Refit
 from fuseport.converter.shards import Place
 from fuseport.kernels.quant import GivenScale
@@ -192,3 +194,58 @@ def test_given_scales_of_another_dtype_are_refused() -> None:
         GivenScale("1")  # type: ignore[arg-type]
     with pytest.raises(ScaleError, match="positive"):
         convert_state_dict(STATE, SPEC, Recipe(), scales={FC: GivenScale(-1.0)})
+
+
+CONFIG = Namespace(
+    num_layers=1,
+    hidden_size=8,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=4,
+    ffn_hidden_size=16,
+    gated_linear_unit=True,
+    normalization="RMSNorm",
+    num_moe_experts=None,
+)
+FACTOR = f"{FC}.weights_scaling_factor"
+
+
+def drop_in(state: Any = STATE, vocab: Any = 32, names: Any = None, **changed: Any) -> object:
+    """A conversion by the distributed drop-in, with some arguments changed."""
+    given = {"transformer_config": CONFIG, "dtype": "bfloat16", "activation": "swiglu", **changed}
+    given.setdefault("parallel", Parallel())
+    converter = DistributedTRTLLMModelWeightsConverter(**given)
+    converter.convert(state, {} if names is None else names, vocab)
+    return converter
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"state": torch.nn.Linear(2, 2)}, "state_dict must be .* found Linear"),
+        ({"state": {**STATE, ONE: torch.ones(8, 16, device="meta")}}, f"{ONE}.* has no values"),
+        ({"vocab": None}, "tokenizer_vocab_size must be a whole number of rows, found None"),
+        ({"vocab": 0}, "tokenizer_vocab_size must be at least 1, found 0"),
+        ({"names": [1]}, "trtllm_conversion_dict must be a mapping .* found list"),
+        ({"names": {ONE: "x", "decoder.layers.mlp.linear_fc2.weight": "x"}}, "becomes 'x'"),
+        ({"transformer_config": vars(CONFIG)}, "transformer_config must be .* found dict"),
+        ({"dtype": ["bfloat16"]}, "is none of bfloat16"),
+        ({"parallel": (1, 0)}, "parallel must be a Parallel, found tuple"),
+        ({"quantisation": "fp8"}, "quantisation must be a Recipe, found 'fp8'"),
+        ({"scales": {FACTOR: {}}}, f"{FACTOR} must be a dict with one number"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_of_the_drop_in(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(FuseportError, match=words):
+        drop_in(**changed)
+
+
+def test_the_drop_in_takes_any_mapping_and_outlives_inference_mode() -> None:
+    (expected,) = convert_state_dict(STATE, SPEC, Recipe())
+    for output in ("host", "cuda"):
+        with torch.inference_mode():
+            converter: Any = drop_in(MappingProxyType(STATE), output=output)
+        converter.convert(MappingProxyType(STATE), {}, 32)
+        for name, tensor in converter.trtllm_model_weights.items():
+            assert torch.equal(tensor, expected[name]), name
