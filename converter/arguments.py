@@ -31,6 +31,7 @@ from .model import ModelSpec
 from .parallel import Parallel
 from .recipe import Recipe
 from .shards import Place
+from .sources.megatron_names import IGNORED
 from .sources.stored_fp8 import is_stored_fp8
 from .targets.parts import TargetTensor
 
@@ -117,20 +118,28 @@ def result_path(value: object) -> Path:
 
 
 def check_state(state_dict: Mapping[str, object]) -> None:
-    """See that a state dict's tensors can be read.
+    """See that a state dict's tensors can be read, and are on one device.
 
     Raises:
         SourceError: it is none, or has keys that are no names.
         MissingTensorError: a tensor has no memory here.
-        ModelError: it is sparse, or another package's array.
+        ModelError: it is sparse, another package's array, or on another device than the first.
     """
     check_kinds(state_dict=state_dict)
+    first = next(
+        ((n, v.device) for n, v in state_dict.items() if isinstance(v, torch.Tensor)), None
+    )
     for name, value in state_dict.items():
         if not isinstance(name, str):
             raise SourceError(f"state_dict has the key {name!r}, expected names of tensors")
         if isinstance(value, torch.Tensor):
             if not name.endswith("_extra_state") and not is_stored_fp8(value):
                 _check_readable(name, value)
+                if first and value.device != first[1] and not is_ignored(name):
+                    raise ModelError(
+                        f"{name} is on {value.device} and {first[0]} on {first[1]}; expected all "
+                        f"tensors on one device"
+                    )
         elif hasattr(value, "__array__"):
             raise ModelError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")
 
@@ -151,9 +160,16 @@ def _check_readable(name: str, tensor: torch.Tensor) -> None:
         )
 
 
-def check_scales(scales: Mapping[str, GivenScale] | None) -> None:
-    """Raise ScaleError for what is no scale, or not a positive number where that is known."""
+def is_ignored(name: str) -> bool:
+    """Whether a tensor of this name carries no weight."""
+    return any(piece in name for piece in IGNORED)
+
+
+def check_scales(scales: Mapping[str, GivenScale] | None, state_dict: Mapping[str, object]) -> None:
+    """Raise ScaleError for what is no scale, no positive number, or on another device."""
     check_given(scales=scales)
+    tensors = (one for one in state_dict.values() if isinstance(one, torch.Tensor))
+    here = next((one.device for one in tensors), None)
     for module, scale in (scales or {}).items():
         if not isinstance(scale, GivenScale):
             raise ScaleError(
@@ -161,6 +177,11 @@ def check_scales(scales: Mapping[str, GivenScale] | None) -> None:
                 f"fuseport.kernels.quant), whose quant_scale multiplies before the cast"
             )
         value: object = scale.quant_scale
+        if isinstance(value, torch.Tensor) and here not in (None, value.device):
+            raise ScaleError(
+                f"scales: {module} has a quant_scale on {value.device}, expected one on {here}, "
+                f"where the weights are, or a float"
+            )
         # The value of a tensor is not looked at: it may be on a GPU, which would be waited for.
         if isinstance(value, Real) and not 0 < float(value) < float("inf"):
             raise ScaleError(
@@ -191,5 +212,5 @@ def check_conversion(
         FuseportError: one is of another kind, or the state dict's tensors cannot be read.
     """
     check_kinds(spec=spec, recipe=recipe)
-    check_scales(scales)
     check_state(state_dict)
+    check_scales(scales, state_dict)

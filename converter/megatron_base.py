@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -54,9 +55,11 @@ def _checked_scales(scales: Mapping[str, Any] | None) -> dict[str, Any]:
     check_given(scales=scales)
     for name, scale in (scales or {}).items():
         if name.endswith(FACTOR):
-            given = scale.get(MULTIPLIER) if isinstance(scale, Mapping) else None
-            count = given.numel() if isinstance(given, torch.Tensor) else np.size(given)
-            if count != 1 or not isinstance(given, (torch.Tensor, np.ndarray, Real)):
+            given: object = scale.get(MULTIPLIER) if isinstance(scale, Mapping) else None
+            is_one = isinstance(given, Real) or (
+                isinstance(given, (torch.Tensor, np.ndarray)) and math.prod(given.shape) == 1
+            )
+            if not is_one:
                 raise ScaleError(
                     f"scales: {name} must be a dict with one number as {MULTIPLIER!r}, "
                     f"found {scale!r}"

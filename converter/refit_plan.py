@@ -32,6 +32,8 @@ from .transfers import Wanted, wanted
 
 # The name of the zeros that fill a padded vocabulary.
 PADDING = "(zero rows)"
+# From `_build` up to who made the `Refit`, through what is around the two functions between.
+_CALLER = 6
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,8 @@ def plan_refit(
     """
     check_kinds(spec=spec, recipe=recipe, place=place)
     check_given(wants=wants)
-    check_scales(scales)
     ranks, fault = None if wants is None else tuple(wants), _fault(source, group)
+    check_scales(scales, {} if fault else source)
     if recipe.mtp == "drop" and not fault:
         source, spec = without_further(source, spec)
     # Errors come after the exchange, so that nobody waits for a process that gave up.
@@ -143,7 +145,7 @@ def _build(task: Task, recipe: Recipe, constants: Constants) -> list[Planned]:
     planned = list(build(targets, recipe, on_meta, given))
     given.check_used(recipe)
     for note in given.notes:
-        warnings.warn(note, FuseportWarning, stacklevel=4)
+        warnings.warn(note, FuseportWarning, stacklevel=_CALLER)
     return planned
 
 

@@ -36,6 +36,8 @@ from .targets.target import Task
 
 # Elements of which the launch takes longer than the planning of as many.
 PART = 1 << 31
+# From a helper up to who called `convert_state_dict`, through the function and what is around it.
+_CALLER = 4
 
 
 @collector.paused()
@@ -155,7 +157,7 @@ def _finish(given: Given, recipe: Recipe) -> None:
     """Raise ScaleError if a given scale was not used, and hand notes on as warnings."""
     given.check_used(recipe)
     for note in given.notes:
-        warnings.warn(note, FuseportWarning, stacklevel=3)
+        warnings.warn(note, FuseportWarning, stacklevel=_CALLER)
 
 
 def whole_layers(targets: Sequence[TargetTensor], limit: int) -> Iterator[list[TargetTensor]]:
@@ -222,7 +224,7 @@ def _relay(
             f"{names[0]} ({found[names[0]].scheme}): a result with "
             f"quant {recipe.quant!r} does not hold them as they are",
             FuseportWarning,
-            stacklevel=3,
+            stacklevel=_CALLER,
         )
     return scales, names
 

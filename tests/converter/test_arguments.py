@@ -23,7 +23,7 @@ from fuseport.converter import (
     plan_checkpoint,
     verify_checkpoint,
 )
-from fuseport.converter.errors import RecipeError, ScaleError
+from fuseport.converter.errors import FuseportWarning, RecipeError, ScaleError
 from fuseport.converter.limits import Limits
 from fuseport.converter.megatron import DistributedTRTLLMModelWeightsConverter, Parallel
 from fuseport.converter.refit import Refit
@@ -51,7 +51,17 @@ SHAPES = {
 }
 STATE: dict[Any, Any] = {name: torch.ones(shape) for name, shape in SHAPES.items()}
 ONE = "decoder.layers.0.mlp.linear_fc2.weight"
+ON_META = GivenScale(torch.ones(1, device="meta"))
+LOSSY = Recipe(kv_cache="fp8")
 HF, FC = Recipe(target="hf"), "transformer.layers.0.mlp.fc"
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda:0")
 
 
 def freed() -> torch.Tensor:
@@ -78,9 +88,21 @@ def ways(state: Any, spec: Any, recipe: Any, **options: Any) -> Iterator[Callabl
         ({**STATE, ONE: torch.ones(SHAPES[ONE], device="meta")}, f"{ONE}.* on meta, has no values"),
         ({**STATE, ONE: freed()}, f"{ONE}.* has no values"),
         ({**STATE, ONE: torch.ones(SHAPES[ONE]).to_sparse()}, f"{ONE} .*sparse_coo"),
+        ({**STATE, ONE: Elsewhere(SHAPES[ONE])}, f"{ONE} is on cuda:0 and .* on cpu"),
         ({**STATE, ONE: np.ones(SHAPES[ONE])}, f"{ONE} is a ndarray, expected a torch.Tensor"),
     ],
-    ids=["module", "none", "generator", "nested", "key", "meta", "freed", "sparse", "numpy"],
+    ids=[
+        "module",
+        "none",
+        "generator",
+        "nested",
+        "key",
+        "meta",
+        "freed",
+        "sparse",
+        "device",
+        "numpy",
+    ],
 )
 def test_what_is_no_state_dict(state: Any, words: str) -> None:
     for way in ways(state, SPEC, HF):
@@ -95,10 +117,14 @@ def test_what_is_no_state_dict(state: Any, words: str) -> None:
         ({"recipe": "hf"}, "recipe must be a Recipe, found 'hf'"),
         ({"recipe": Recipe, "spec": SPEC}, "recipe must be a Recipe, found the class Recipe"),
         ({"scales": {FC: 0.5}}, f"{FC} has a float, expected a GivenScale"),
+        (
+            {"scales": {FC: ON_META}},
+            "on meta, expected one on cpu",
+        ),
         ({"scales": {FC: GivenScale(0.0)}}, f"{FC} has the quant_scale 0.0"),
         ({"scales": {"model.layers.0.mlp": GivenScale(0.5)}}, "model.layers.0.mlp is no module"),
     ],
-    ids=["spec", "recipe", "class", "float", "zero", "unknown"],
+    ids=["spec", "recipe", "class", "float", "device", "zero", "unknown"],
 )
 def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
     given = {"spec": SPEC, "recipe": Recipe(), **arguments}
@@ -156,6 +182,18 @@ def test_wrong_arguments_for_files(tmp_path: Path) -> None:
         with pytest.raises(FuseportError, match=words):
             call(*arguments, **options)
     assert not out.exists()
+
+
+def test_a_dtype_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"is none of bfloat16, .* as a str"):
+        Recipe(dtype=torch.bfloat16)  # type: ignore[arg-type]
+
+
+def test_warnings_name_the_callers_line() -> None:
+    for call in (lambda: convert_state_dict(STATE, SPEC, LOSSY), lambda: Refit(STATE, SPEC, LOSSY)):
+        with pytest.warns(FuseportWarning, match="no scales of the KV cache") as caught:
+            call()
+        assert [one.filename for one in caught] == [__file__]
 
 
 def test_home_and_torchs_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
