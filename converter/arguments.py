@@ -126,37 +126,45 @@ def check_state(state_dict: Mapping[str, object]) -> None:
         ModelError: it is sparse, another package's array, or on another device than the first.
     """
     check_kinds(state_dict=state_dict)
-    first = next(
-        ((n, v.device) for n, v in state_dict.items() if isinstance(v, torch.Tensor)), None
-    )
+    first: tuple[str, torch.device] | None = None
     for name, value in state_dict.items():
         if not isinstance(name, str):
             raise SourceError(f"state_dict has the key {name!r}, expected names of tensors")
         if isinstance(value, torch.Tensor):
-            if not name.endswith("_extra_state") and not is_stored_fp8(value):
-                _check_readable(name, value)
-                if first and value.device != first[1] and not is_ignored(name):
-                    raise ModelError(
-                        f"{name} is on {value.device} and {first[0]} on {first[1]}; expected all "
-                        f"tensors on one device"
-                    )
+            # Two looks for each of thousands; the rest is for what they find.
+            first = first or (name, value.device)
+            if not _address(value) or value.device != first[1]:
+                _check_readable(name, value, *first)
         elif hasattr(value, "__array__"):
             raise ModelError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")
 
 
-def _check_readable(name: str, tensor: torch.Tensor) -> None:
+def _address(tensor: torch.Tensor) -> int:
     try:
-        is_gone = tensor.numel() > 0 and not tensor.data_ptr()
-    except (RuntimeError, ValueError) as error:
+        return tensor.data_ptr()
+    except (RuntimeError, ValueError):
+        return 0
+
+
+def _check_readable(name: str, tensor: torch.Tensor, first: str, here: torch.device) -> None:
+    """Raise if this tensor, of a weight, has no values, or is not on the `first` one's device."""
+    if name.endswith("_extra_state") or is_stored_fp8(tensor) or is_ignored(name):
+        return
+    if tensor.layout is not torch.strided:
         raise ModelError(
-            f"{name} is a {type(tensor).__name__} of layout {tensor.layout}, expected one of "
-            f"torch.strided with values; make it dense"
-        ) from error
-    if is_gone:
+            f"{name} is a {type(tensor).__name__} of layout {tensor.layout}, expected "
+            f"torch.strided; make it dense"
+        )
+    if not _address(tensor) and tensor.numel():
         raise MissingTensorError(
             f"{name}, a {type(tensor).__name__} on {tensor.device}, has no values here; expected "
             f"a whole tensor in memory (of a DTensor its full_tensor(); load a model that was made "
             f"on meta)"
+        )
+    if tensor.device != here:
+        raise ModelError(
+            f"{name} is on {tensor.device} and {first} on {here}; expected all tensors on one "
+            f"device"
         )
 
 
