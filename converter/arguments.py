@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 
@@ -130,13 +130,18 @@ def check_state(state_dict: Mapping[str, object]) -> None:
     for name, value in state_dict.items():
         if not isinstance(name, str):
             raise SourceError(f"state_dict has the key {name!r}, expected names of tensors")
-        if isinstance(value, torch.Tensor):
+        if _is_weight(name, value):
             # Two looks for each of thousands; the rest is for what they find.
             first = first or (name, value.device)
             if not _address(value) or value.device != first[1]:
                 _check_readable(name, value, *first)
-        elif hasattr(value, "__array__"):
+        elif hasattr(value, "__array__") and not isinstance(value, torch.Tensor):
             raise ModelError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")
+
+
+def _is_weight(name: str, value: object) -> TypeGuard[torch.Tensor]:
+    # Transformer Engine's states are tensors on the host.
+    return isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
 
 
 def _address(tensor: torch.Tensor) -> int:
@@ -148,7 +153,7 @@ def _address(tensor: torch.Tensor) -> int:
 
 def _check_readable(name: str, tensor: torch.Tensor, first: str, here: torch.device) -> None:
     """Raise if this tensor, of a weight, has no values, or is not on the `first` one's device."""
-    if name.endswith("_extra_state") or is_stored_fp8(tensor) or is_ignored(name):
+    if is_stored_fp8(tensor) or is_ignored(name):
         return
     if tensor.layout is not torch.strided:
         raise ModelError(
@@ -176,8 +181,7 @@ def is_ignored(name: str) -> bool:
 def check_scales(scales: Mapping[str, GivenScale] | None, state_dict: Mapping[str, object]) -> None:
     """Raise ScaleError for what is no scale, no positive number, or on another device."""
     check_given(scales=scales)
-    tensors = (one for one in state_dict.values() if isinstance(one, torch.Tensor))
-    here = next((one.device for one in tensors), None)
+    here = next((one.device for name, one in state_dict.items() if _is_weight(name, one)), None)
     for module, scale in (scales or {}).items():
         if not isinstance(scale, GivenScale):
             raise ScaleError(

@@ -209,6 +209,7 @@ def test_odd_members_are_taken() -> None:
     """Parameters, views, expanded and tied tensors; what Transformer Engine leaves beside them."""
     table = torch.randn(SHAPES["output_layer.weight"])
     odd = {
+        "decoder.layers.0.mlp.linear_fc1._extra_state": Elsewhere(3),
         **{name: torch.nn.Parameter(tensor) for name, tensor in STATE.items()},
         ONE: torch.ones(()).expand(SHAPES[ONE]),
         "output_layer.weight": table.t().contiguous().t(),
