@@ -46,6 +46,8 @@ class Expected(NamedTuple):
     error: Class
 
 
+# The one name that nearly all families have.
+HUGGING_FACE = "model.embed_tokens.weight"
 _STATE = Expected(Mapping, "a mapping of names to tensors, such as model.state_dict()", SourceError)
 EXPECTED = {
     "state_dict": _STATE,
@@ -121,11 +123,16 @@ def check_state(state_dict: Mapping[str, object]) -> None:
     """See that a state dict's tensors can be read, and are on one device.
 
     Raises:
-        SourceError: it is none, or has keys that are no names.
+        SourceError: it is none, has keys that are no names, or Hugging Face's names.
         MissingTensorError: a tensor has no memory here.
         ModelError: it is sparse, another package's array, or on another device than the first.
     """
     check_kinds(state_dict=state_dict)
+    if HUGGING_FACE in state_dict:
+        raise SourceError(
+            f"state_dict has Hugging Face's names ({HUGGING_FACE}), expected Megatron-Core's; save "
+            f"the model, and give its directory to convert_checkpoint"
+        )
     first: tuple[str, torch.device] | None = None
     for name, value in state_dict.items():
         if not isinstance(name, str):
