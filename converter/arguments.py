@@ -137,7 +137,7 @@ def check_state(state_dict: Mapping[str, object]) -> None:
     for name, value in state_dict.items():
         if not isinstance(name, str):
             raise SourceError(f"state_dict has the key {name!r}, expected names of tensors")
-        if _is_weight(name, value):
+        if _is_weight(value, name):
             # Two looks for each of thousands; the rest is for what they find.
             first = first or (name, value.device)
             if not _address(value) or value.device != first[1]:
@@ -146,7 +146,7 @@ def check_state(state_dict: Mapping[str, object]) -> None:
             raise ModelError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")
 
 
-def _is_weight(name: str, value: object) -> TypeGuard[torch.Tensor]:
+def _is_weight(value: object, name: str) -> TypeGuard[torch.Tensor]:
     # Transformer Engine's states are tensors on the host.
     return isinstance(value, torch.Tensor) and not name.endswith("_extra_state")
 
@@ -188,7 +188,7 @@ def is_ignored(name: str) -> bool:
 def check_scales(scales: Mapping[str, GivenScale] | None, state_dict: Mapping[str, object]) -> None:
     """Raise ScaleError for what is no scale, no positive number, or on another device."""
     check_given(scales=scales)
-    here = next((one.device for name, one in state_dict.items() if _is_weight(name, one)), None)
+    here = next((one.device for name, one in state_dict.items() if _is_weight(one, name)), None)
     for module, scale in (scales or {}).items():
         if not isinstance(scale, GivenScale):
             raise ScaleError(
