@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from .checkpoint_plan import plan_checkpoint
-    from .convert import convert_checkpoint, export_state_dict
+    from .convert import convert_checkpoint
     from .errors import FuseportError
+    from .export import export_state_dict
     from .model import ModelSpec
     from .recipe import Recipe
     from .state import convert_state_dict
@@ -32,7 +33,7 @@ _HOMES = {
     "Recipe": "recipe",
     "convert_checkpoint": "convert",
     "convert_state_dict": "state",
-    "export_state_dict": "convert",
+    "export_state_dict": "export",
     "plan_checkpoint": "checkpoint_plan",
     "verify_checkpoint": "verify",
 }

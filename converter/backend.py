@@ -119,7 +119,7 @@ def _triton(device: torch.device) -> Run:
     return fused_copy
 
 
-def default_device(device: str) -> torch.device:
+def default_device(device: str | torch.device) -> torch.device:
     """ "auto" is this process's GPU where there is one, and the CPU elsewhere.
 
     Of several processes that torchrun started on one machine, process `LOCAL_RANK` has the GPU of
@@ -128,6 +128,7 @@ def default_device(device: str) -> torch.device:
     Raises:
         RecipeError: "cuda" was asked for and there is no GPU, or the name is unknown.
     """
+    device = str(device)
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, number = device.partition(":")

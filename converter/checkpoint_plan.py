@@ -12,6 +12,7 @@ from types import MappingProxyType
 import torch
 
 from . import collector
+from .arguments import check_given, check_kinds, check_used, source_path
 from .checkpoint import FileImage
 from .errors import RecipeError
 from .fingerprint import Fingerprint, fingerprint
@@ -101,17 +102,21 @@ def plan_checkpoint(
     Raises:
         FuseportError: the source, the facts and the recipe do not go together.
     """
+    check_kinds(recipe=recipe)
+    if not isinstance(facts, ModelSpec):
+        check_given(facts=facts)
     given = dataclasses.asdict(facts) if isinstance(facts, ModelSpec) else facts
     opened = (
         source
         if isinstance(source, Source)
-        else open_source(source, given, recipe.family, recipe.mtp)
+        else open_source(source_path(source), given, recipe.family, recipe.mtp)
     )
     seen = fingerprint(opened.origin)
     if isinstance(facts, ModelSpec):
         spec = facts
     else:
-        spec = ModelSpec.from_facts(opened.facts, **dict(facts or {}))
+        own = {str(name): value for name, value in (facts or {}).items()}
+        spec = ModelSpec.from_facts(opened.facts, **own)
     model = opened.read(opened.tensors, spec)
     target = TARGETS[recipe.target]
     target.check(spec, recipe)
@@ -146,9 +151,11 @@ def lay_out_plan(
     """
     target = TARGETS[task.recipe.target]
     try:
-        planned = list(build(list(target.rules(task)), task.recipe, on_meta, given, kept))
+        targets = list(target.rules(task))
+        planned = list(build(targets, task.recipe, on_meta, given, kept))
     except ValueError as error:
         raise RecipeError(f"the source's weights cannot be converted: {error}") from error
+    check_used(task.scales, targets)
     given.check_used(task.recipe)
     tensors, images = file_images(target, planned, task.recipe)
     check_unique(tensors)

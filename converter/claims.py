@@ -112,7 +112,7 @@ class PartialClaims(LenientClaims):
         """Like `take`, with a stand-in for a tensor that is not there."""
         tensor = self.take(spellings, shape)
         if tensor is None:
-            tensor = torch.empty([size or 0 for size in shape], device="meta")
+            tensor = torch.empty([size or 0 for size in shape], dtype=torch.float32, device="meta")
         return tensor
 
 

@@ -9,32 +9,24 @@ from pathlib import Path
 
 import torch
 
-from fuseport.kernels.move import GivenScale
-
+from .arguments import check_given, check_kinds, out_path, path_of
 from .backend import choose, copier, default_device, on
 from .checkpoint import MANIFEST, copy_assets, write_json
-from .checkpoint_plan import CheckpointPlan, lay_out_plan, plan_checkpoint
+from .checkpoint_plan import CheckpointPlan, plan_checkpoint
 from .engine import Engine
-from .errors import OutputError, RankError, UnsupportedOptionError
+from .errors import OutputError, RankError, RecipeError
 from .fingerprint import check_unchanged
 from .group import STANDSTILL, Alone, Group, shares
 from .limits import PAGE, Limits
 from .loads import SLACK
 from .manifest import identity, losses_of, manifest
-from .megatron_names import unwrapped
 from .model import ModelSpec
 from .publish import Partial, keep_apart, publish
 from .recipe import Recipe
 from .report import Report
 from .sources.checksums import Checking, summed
-from .sources.further import without_further
-from .sources.megatron import read_model
-from .sources.source import Source
 from .sources.stored import close_files
-from .state import check_complete, given_in_memory, read_stored, weights, zero_row
 from .stored_codes import tally
-from .targets.table import TARGETS
-from .targets.target import Task
 from .timings import Timings
 from .windows import windows
 from .writer import FileResult, Writer
@@ -48,7 +40,7 @@ class Job:
     """How a plan is carried out; `sync` False leaves fsync out, for benchmarks alone."""
 
     backend: str = "auto"
-    device: str = "auto"
+    device: str | torch.device = "auto"
     overwrite: bool = False
     resume: bool = False
     assets: Path | None = None
@@ -68,7 +60,7 @@ def convert_checkpoint(
     facts: Mapping[str, object] | ModelSpec | None = None,
     *,
     backend: str = "auto",
-    device: str = "auto",
+    device: str | torch.device = "auto",
     overwrite: bool = False,
     resume: bool = False,
     assets: str | Path | None = None,
@@ -101,79 +93,36 @@ def convert_checkpoint(
     Raises:
         FuseportError: see `errors`; `out` is as it was.
     """
-    plan = source
-    if not isinstance(plan, CheckpointPlan):
-        plan = plan_checkpoint(plan, recipe or Recipe(), facts)
-    out = Path(out)
+    check_kinds(progress=progress)
+    check_given(limits=limits)
+    out = out_path(out)
+    plan = _plan(source, recipe, facts)
     keep_apart(plan.source.origin, out)
+    if assets is not None:
+        assets = path_of("assets", assets, OutputError)
     job = Job(
-        backend, device, overwrite, resume, None if assets is None else Path(assets),
+        backend, device, overwrite, resume, assets,
         limits or Limits(), timings or Timings(), progress, group or Alone(), check_source,
         measure=measure,
     )  # fmt: skip
     return carry_out(plan, out, job)
 
 
-def export_state_dict(
-    state_dict: Mapping[str, torch.Tensor],
-    spec: ModelSpec,
-    recipe: Recipe,
-    out: str | Path,
-    *,
-    scales: Mapping[str, GivenScale] | None = None,
-    backend: str = "auto",
-    overwrite: bool = False,
-    limits: Limits | None = None,
-    timings: Timings | None = None,
-    progress: Progress = lambda nbytes: None,
-    sync: bool = True,
-) -> Report:
-    """Publish a whole model that is in memory as a checkpoint.
-
-    `spec`, `recipe` and `scales` are as for `convert_state_dict`, other options as for
-    `convert_checkpoint`.
-
-    Args:
-        state_dict: Megatron-Core's `model.state_dict()` of one rank (tp and pp 1), on a GPU or
-            the host; left as it is.
-        out: the directory to create.
-        sync: False leaves fsync out, for benchmarks.
-
-    Raises:
-        FuseportError: see `errors`; `out` is as it was.
-    """
-    plan = _plan_memory(state_dict, spec, recipe, scales)
-    where = next(iter(plan.source.tensors.values())).device
-    job = Job(
-        backend, str(where), overwrite, limits=limits or Limits(), timings=timings or Timings(),
-        progress=progress, sync=sync,
-    )  # fmt: skip
-    return carry_out(plan, Path(out), job)
-
-
-def _plan_memory(
-    state_dict: Mapping[str, torch.Tensor],
-    spec: ModelSpec,
-    recipe: Recipe,
-    scales: Mapping[str, GivenScale] | None,
+def _plan(
+    source: str | Path | CheckpointPlan,
+    recipe: Recipe | None,
+    facts: Mapping[str, object] | ModelSpec | None,
 ) -> CheckpointPlan:
-    if recipe.mtp == "drop":
-        state_dict, spec = without_further(state_dict, spec)
-    TARGETS[recipe.target].check(spec, recipe)
-    if found := list(read_stored(state_dict)):
-        raise UnsupportedOptionError(
-            f"{found[0]} is an fp8 weight of training, which only convert_state_dict lays anew"
-        )
-    tensors = {unwrapped(name): tensor for name, tensor in weights(state_dict).items()}
-    model = read_model(tensors, spec)
-    check_complete(model, spec)
-    device = next(iter(tensors.values())).device
-    task = Task(model, spec, recipe, zero_row(model, spec, device), scales)
-    source = Source(Path("memory"), "state_dict", tensors, {}, {}, {})
-    given = given_in_memory(task, device, state_dict)
-    return lay_out_plan(source, task, {}, {}, given)
+    if not isinstance(source, CheckpointPlan):
+        return plan_checkpoint(source, Recipe() if recipe is None else recipe, facts)
+    if recipe is not None or facts is not None:
+        raise RecipeError("a plan has its recipe and facts; give them to plan_checkpoint instead")
+    return source
 
 
+# Threads fill memory that is made here, and a mode is one thread's.
+@torch.inference_mode(False)
+@torch.no_grad()
 def carry_out(plan: CheckpointPlan, out: Path, job: Job) -> Report:
     """Convert what was planned, alone or as one of several processes."""
     known = identity(plan.fingerprint, plan.spec, plan.recipe, plan.images)

@@ -126,11 +126,21 @@ def operation(
     return dist.P2POp(kind, tensor, dist.get_global_rank(group, peer), group)  # type: ignore[arg-type]
 
 
-def kv_ranges(heads: int, groups: int, head: int, tp: int) -> list[list[Rows]]:
+def kv_ranges(
+    heads: int, groups: int, head: int, tp: int, name: str = "linear_qkv"
+) -> list[list[Rows]]:
     """Rows of an interleaved linear_qkv that each rank wants when tp exceeds the KV heads.
 
     For each rank: its share of one group's query rows, then that group's key and value rows.
+
+    Raises:
+        RecipeError: ranks cannot share them; names the tensor.
     """
+    if tp % groups or heads % tp:
+        raise RecipeError(
+            f"{name}: {heads} heads and {groups} query groups on tp = {tp}: tp must be a multiple "
+            f"of the groups and divide the heads"
+        )
     queries = heads // groups
     share = heads // tp
     ranges = []

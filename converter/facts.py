@@ -8,6 +8,7 @@ import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from numbers import Integral
 
 from .errors import ModelError, UnsupportedOptionError
 from .fact_names import ACTIVATIONS, NOT_FROM_MEGATRON, ONLY, REFUSED
@@ -35,6 +36,11 @@ def whole(least: int, most: int = 2**31 - 1) -> Kind:
     """Integers in a range; the upper end keeps a wrong fact from filling the memory."""
     words = f"a whole number from {least} to {most}"
     return Kind(words, lambda value: type(value) is int and least <= value <= most)
+
+
+def is_whole(value: object) -> bool:
+    """Whether it is a whole number, of Python or of numpy."""
+    return isinstance(value, Integral)
 
 
 def one_of(names: Iterable[str]) -> Kind:

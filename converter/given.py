@@ -41,8 +41,8 @@ class StoredConstants:
 
     def __call__(self, value: float) -> torch.Tensor:
         """A meta twin of the number."""
-        twin = torch.empty(1, device="meta")
-        number = torch.full((1,), value)
+        twin = torch.empty(1, dtype=torch.float32, device="meta")
+        number = torch.full((1,), value, dtype=torch.float32, device="cpu")
         self.stored[storage_key(twin)] = Stored(
             GIVEN, (1,), number.dtype, (Piece((0,), (1,), number),)
         )

@@ -105,7 +105,7 @@ class Block:
     """
 
     def __init__(self) -> None:
-        self.memory = torch.empty(0, dtype=torch.uint8)
+        self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")
         self.registered = False
         self._populating: ThreadPoolExecutor | None = None
 
@@ -125,7 +125,7 @@ class Block:
         if not self.registered:
             # The refusal is still pending, and would be the next launch's error.
             with suppress(RuntimeError):
-                torch.zeros(1, device="cuda")
+                torch.zeros(1, dtype=torch.uint8, device="cuda")
 
     def release(self) -> None:
         """Take it back from the driver, and populate no more of it."""
@@ -272,7 +272,7 @@ class _Ring:
 
     def __init__(self, stream: torch.cuda.Stream) -> None:
         self.stream, self.pool, self.next = stream, ThreadPoolExecutor(THREADS), 0
-        self.buffers = torch.empty(RING, CHUNK, dtype=torch.uint8, pin_memory=True)
+        self.buffers = torch.empty(RING, CHUNK, dtype=torch.uint8, device="cpu", pin_memory=True)
         self.busy: list[Future[None] | None] = [None] * RING
 
     def copy(self, target: torch.Tensor, source: torch.Tensor) -> None:

@@ -24,7 +24,7 @@ def bound_moves(
     for index, cut in enumerate(window.cuts):
         moves += [binder.move(move) for move in cut.moves]
         owners += [index] * len(cut.moves)
-    return moves, torch.tensor(owners, dtype=torch.int64)
+    return moves, torch.tensor(owners, dtype=torch.int64, device="cpu")
 
 
 class _Binder:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 
@@ -41,6 +42,9 @@ class Limits:
     host_memory: int = 2 << 30
 
     def __post_init__(self) -> None:
+        for name in ("gpu_memory", "host_memory"):
+            if not isinstance(value := getattr(self, name), Integral):
+                raise RecipeError(f"{name} must be a whole number of bytes, found {value!r}")
         smallest = BASE + SLABS * _SMALLEST
         if self.host_memory < smallest:
             raise RecipeError(

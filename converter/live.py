@@ -77,6 +77,10 @@ class _Part:
             raise MissingTensorError(
                 f"the state dict no longer has {error}; make a new Refit for another model"
             ) from error
+        except TypeError as error:
+            raise MissingTensorError(
+                f"the state dict holds what is no torch.Tensor where one was planned ({error})"
+            ) from error
         if addresses == self._addresses:
             return {}
         triples = zip(self._names, found[1:], addresses[1:], self._addresses[1:], strict=True)

@@ -99,7 +99,7 @@ def _read(stored: Stored, first: int, dims: Dims, out: torch.Tensor) -> None:
     if len(dims) == 1 and dims[0][1] == 1:
         stored.read_flat(first, first + dims[0][0], out)
         return
-    buffer = torch.empty(_span(dims), dtype=stored.dtype)
+    buffer = torch.empty(_span(dims), dtype=stored.dtype, device="cpu")
     stored.read_flat(first, first + buffer.numel(), buffer)
     size = stored.dtype.itemsize
     shape = tuple(n for n, _ in dims)

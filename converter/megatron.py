@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from . import collector
+from .arguments import check_given, check_state
 from .backend import copier, preparer
 from .claims import LenientClaims
 from .errors import RecipeError
@@ -25,6 +26,8 @@ from .host_output import Block, HostOutput, places_of
 from .megatron_base import (
     WeightsConverter,
     addresses,
+    check_call,
+    chunks_of,
     quantised,
     share_memory,
     str_dtype_to_torch,
@@ -91,7 +94,8 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         quantisation: Recipe | None = None,
     ) -> None:
         super().__init__(transformer_config, dtype, multi_query_mode, activation, scales, backend)
-        self._quantised = quantised(quantisation or Recipe())
+        self._quantised = quantised(Recipe() if quantisation is None else quantisation)
+        check_given(parallel=parallel)
         if output not in ("host", "cuda"):
             raise RecipeError(f"output {output!r} is neither 'host' nor 'cuda'")
         place = parallel or current_parallel()
@@ -104,6 +108,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         self.inference_pp_size, self.pp_rank = place.pp_size, place.pp_rank
         self.tp_group: dist.ProcessGroup | None = place.tp_group
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def convert(
         self,
@@ -128,12 +133,12 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         Raises:
             FuseportError: see `errors`.
         """
-        one = isinstance(model_state_dict, dict)
-        chunks: list[dict[str, Any]] = (
-            [model_state_dict] if isinstance(model_state_dict, dict) else [*model_state_dict]
-        )
+        chunks, one = chunks_of(model_state_dict)
+        check_call(trtllm_conversion_dict, tokenizer_vocab_size)
         key = (one, tokenizer_vocab_size, dict(trtllm_conversion_dict), *map(addresses, chunks))
         if self._planned_for != key:
+            for chunk in chunks:
+                check_state(chunk)
             named = self._stage(chunks, one, trtllm_conversion_dict)
             tensors = self._own_rows(named, trtllm_conversion_dict, tokenizer_vocab_size)
             self._prepare(tensors, trtllm_conversion_dict)
@@ -226,7 +231,9 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
                 continue
             groups = spec.block(layers[int(match[1])]).num_query_groups
             if groups < tp:
-                result[name] = self._exchange(tensor, _kv_ranges(name, spec, groups, tp), rows)
+                heads = spec.num_attention_heads
+                wanted = kv_ranges(heads, groups, spec.kv_channels, tp, name)
+                result[name] = self._exchange(tensor, wanted, rows)
         return result
 
     def _exchange(self, tensor: torch.Tensor, wanted: list[list[Rows]], rows: int) -> torch.Tensor:
@@ -287,13 +294,3 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         tp = self.inference_tp_size
         wanted = vocabulary_ranges(tokenizer_vocab_size, tp)
         return self._exchange(table.detach(), wanted, -(-tokenizer_vocab_size // tp)).T
-
-
-def _kv_ranges(name: str, spec: ModelSpec, groups: int, tp: int) -> list[list[Rows]]:
-    heads = spec.num_attention_heads
-    if tp % groups or heads % tp:
-        raise RecipeError(
-            f"{name}: {heads} heads and {groups} query groups on tp = {tp}: tp must be a multiple "
-            f"of the groups and divide the heads"
-        )
-    return kv_ranges(heads, groups, spec.kv_channels, tp)

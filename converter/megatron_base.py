@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
+import numpy as np
 import torch
 
 from fuseport.kernels.move import GivenScale, Move
 
+from .arguments import check_given, check_kinds
 from .backend import choose
 from .choices import FROM_SOURCE
 from .claims import PartialClaims
-from .errors import RecipeError
+from .errors import ModelError, RecipeError, ScaleError
 from .layout import leaves
 from .megatron_names import is_nemotron_nas
 from .model import ModelSpec
@@ -23,6 +27,7 @@ from .targets.parts import TargetTensor
 from .targets.trtllm import TrtllmRules, refuse_special
 
 # The reference's activations that have a gate.
+FACTOR, MULTIPLIER = ".weights_scaling_factor", "weight_multiplier"
 GATED = ("swiglu", "geglu", "fast-swiglu", "fast-geglu")
 
 
@@ -34,11 +39,32 @@ def str_dtype_to_torch(dtype: Any) -> torch.dtype:
     """
     if isinstance(dtype, torch.dtype):
         return dtype
-    name = getattr(dtype, "name", dtype)
+    name = str(getattr(dtype, "name", dtype))
     known = {**DTYPES, "fp8": torch.float8_e4m3fn, "int8": torch.int8, "int32": torch.int32}
     if name not in known:
         raise RecipeError(f"dtype {name!r} is none of {', '.join(known)}")
     return known[name]
+
+
+def _checked_scales(scales: Mapping[str, Any] | None) -> dict[str, Any]:
+    """The reference's `scales`.
+
+    Raises:
+        ScaleError: an entry for a weight has no number to multiply with.
+    """
+    check_given(scales=scales)
+    for name, scale in (scales or {}).items():
+        if name.endswith(FACTOR):
+            given: object = scale.get(MULTIPLIER) if isinstance(scale, Mapping) else None
+            is_one = isinstance(given, Real) or (
+                isinstance(given, (torch.Tensor, np.ndarray)) and math.prod(given.shape) == 1
+            )
+            if not is_one:
+                raise ScaleError(
+                    f"scales: {name} must be a dict with one number as {MULTIPLIER!r}, "
+                    f"found {scale!r}"
+                )
+    return dict(scales or {})
 
 
 class WeightsConverter:
@@ -53,10 +79,15 @@ class WeightsConverter:
         scales: Mapping[str, Any] | None,
         backend: str,
     ) -> None:
+        if not hasattr(transformer_config, "num_attention_heads"):
+            raise ModelError(
+                f"transformer_config must be a TransformerConfig, or an object with its fields, "
+                f"found {type(transformer_config).__name__}"
+            )
         self.transformer_config = transformer_config
         self.storage_type = str_dtype_to_torch(dtype)
         self.activation = activation
-        self.scales = dict(scales or {})
+        self.scales = _checked_scales(scales)
         self.backend = backend
         self.trtllm_model_weights: dict[str, torch.Tensor] = {}
         groups = getattr(transformer_config, "num_query_groups", None)
@@ -96,13 +127,12 @@ class WeightsConverter:
 
     def given_scales(self, device: torch.device) -> dict[str, GivenScale]:
         """The reference's `scales`, by module; the multiplier is applied before the cast."""
-        suffix = ".weights_scaling_factor"
         return {
-            name.removesuffix(suffix): GivenScale(
-                torch.as_tensor(scale["weight_multiplier"]).to(device, torch.float32).reshape(-1)
+            name.removesuffix(FACTOR): GivenScale(
+                torch.as_tensor(scale[MULTIPLIER], dtype=torch.float32, device=device).reshape(-1)
             )
             for name, scale in self.scales.items()
-            if name.removesuffix(suffix) != name
+            if name.endswith(FACTOR)
         }
 
     def partial_targets(
@@ -135,7 +165,9 @@ def _with_second(
     """With stand-ins for experts' second matrices, by which stacked experts are recognised."""
     shape = (spec.local_experts, spec.hidden_size, spec.moe_ffn_hidden_size)
     seconds = {
-        name.replace("linear_fc1", "linear_fc2"): torch.empty(shape, device="meta")
+        name.replace("linear_fc1", "linear_fc2"): torch.empty(
+            shape, dtype=torch.float32, device="meta"
+        )
         for name in tensors
         if ".experts.experts.linear_fc1." in name
     }
@@ -148,6 +180,7 @@ def quantised(recipe: Recipe) -> dict[str, Any]:
     Raises:
         RecipeError: it wants scales that are not read from shards.
     """
+    check_kinds(quantisation=recipe)
     if recipe.scales == FROM_SOURCE:
         raise RecipeError(
             "quantisation: scales = 'source' is not read from shards; give a table of scales"
@@ -160,8 +193,28 @@ def addresses(state_dict: Mapping[str, Any]) -> list[tuple[object, ...]]:
     return [
         (name, value.data_ptr(), value.dtype, value.shape, value.stride())
         for name, value in state_dict.items()
-        if isinstance(value, torch.Tensor)
+        if isinstance(value, torch.Tensor) and value.layout is torch.strided
     ]
+
+
+def chunks_of(model_state_dict: object) -> tuple[list[dict[str, Any]], bool]:
+    """The state dicts, and whether there is just one, not in a list.
+
+    Raises:
+        SourceError: it is something else.
+    """
+    several = isinstance(model_state_dict, (list, tuple))
+    chunks: list[Any] = [*model_state_dict] if several else [model_state_dict]  # type: ignore[misc]
+    for chunk in chunks:
+        check_kinds(state_dict=chunk)
+    return chunks, not several
+
+
+def check_call(conversion: object, vocab_size: object) -> None:
+    """Raise RecipeError unless these can be a conversion's arguments."""
+    check_kinds(trtllm_conversion_dict=conversion, tokenizer_vocab_size=vocab_size)
+    if isinstance(vocab_size, int) and vocab_size < 1:
+        raise RecipeError(f"tokenizer_vocab_size must be at least 1, found {vocab_size}")
 
 
 def share_memory(tensors: Mapping[str, torch.Tensor], sources: Mapping[str, torch.Tensor]) -> bool:

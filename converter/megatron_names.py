@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .errors import RecipeError
+
 # TRTLLMLayers' values → Megatron-Core's names, layers after "decoder.layers.N.".
 WHOLE = {
     "transformer.vocab_embedding.weight": "embedding.word_embeddings.weight",
@@ -69,6 +71,11 @@ def _one(name: str, conversion: Mapping[str, Any]) -> str:
     if value in WHOLE:
         return WHOLE[value]
     number = "" if match is None else f"{match[2]}."
+    if value.removeprefix(PREFIX) not in LAYER:
+        raise RecipeError(
+            f"trtllm_conversion_dict: {name} becomes {value!r}, which is none of TRTLLMLayers' "
+            f"values"
+        )
     return f"decoder.layers.{number}{LAYER[value.removeprefix(PREFIX)]}"
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from .arguments import check_kinds, check_state
 from .backend import choose
 from .claims import LenientClaims
 from .megatron_base import WeightsConverter
@@ -58,6 +59,7 @@ class SingleDeviceTRTLLMModelWeightsConverter(WeightsConverter):
         self.export_config = export_config
         self.moe_ep_size = moe_ep_size
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def convert(
         self,
@@ -78,6 +80,8 @@ class SingleDeviceTRTLLMModelWeightsConverter(WeightsConverter):
         Raises:
             FuseportError: see `errors`.
         """
+        check_kinds(trtllm_conversion_dict=trtllm_conversion_dict)
+        check_state(model_state_dict)
         named = to_megatron(weights(model_state_dict), trtllm_conversion_dict)
         tensors: dict[str, torch.Tensor] = {}
         for name, tensor in named.items():

@@ -175,6 +175,11 @@ class ModelSpec:
                 an override has a name that is not known. Unknown names in `facts` are passed over.
             UnsupportedOptionError: an option that changes the weights' meaning is set.
         """
+        if not isinstance(facts, Mapping):
+            raise ModelError(
+                f"facts must be a mapping of names to values, found {type(facts).__name__}; give "
+                f"vars(…) of a configuration or of arguments"
+            )
         given = {key: value for key, value in overrides.items() if value is not None}
         check_names(given, {name: NAMES.get(name, ()) for name in GIVEN})
         merged = {**facts, **given}

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 from .errors import RecipeError
+from .facts import is_whole
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,11 @@ class Parallel:
     def __post_init__(self) -> None:
         for kind in ("tp", "pp"):
             size, rank = getattr(self, f"{kind}_size"), getattr(self, f"{kind}_rank")
+            if not (is_whole(rank) and is_whole(size)):
+                raise RecipeError(
+                    f"{kind}_rank and {kind}_size must be whole numbers, found {rank!r} and "
+                    f"{size!r}"
+                )
             if not 0 <= rank < size:
                 raise RecipeError(f"{kind}_rank {rank} is outside {kind}_size {size}")
         if self.ep_size < 1 or self.tp_size % self.ep_size:

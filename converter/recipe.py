@@ -85,9 +85,10 @@ class Recipe:
             ("mtp", MTP), ("kv_cache", CACHES),
         )  # fmt: skip
         for name, known in choices:
-            if getattr(self, name) not in known:
+            if (value := getattr(self, name)) not in known:
+                kind = "" if isinstance(value, str) else ", as a str"
                 raise RecipeError(
-                    f"{name} {getattr(self, name)!r} is none of {', '.join(known)}; choose one"
+                    f"{name} {value!r} is none of {', '.join(known)}; choose one{kind}"
                 )
         if not isinstance(self.use_parallel_embedding, bool):
             raise RecipeError(

@@ -86,9 +86,9 @@ class Rederive:
     def _plain(self, planned: Planned, move: Move) -> Iterator[Piece]:
         quant = move.quant
         if isinstance(quant, TensorScale):
-            quant = TensorScale(torch.empty(1), torch.empty(1))
+            quant = TensorScale(_number(), _number())
         for dst, src in _split(move.dst, move.src, self._size):
-            expected = torch.empty(dst.shape, dtype=dst.dtype)
+            expected = torch.empty(dst.shape, dtype=dst.dtype, device="cpu")
             self._run(Move(expected, self._read(src), move.shift, quant), move)
             yield Piece(planned, dst, expected)
             if isinstance(move.quant, TensorScale) and isinstance(quant, TensorScale):
@@ -112,9 +112,9 @@ class Rederive:
             stop = min(first + step, rows)
             views = (view for move in moves for view in _rows(move, columns, first, stop))
             source = torch.cat([self._read(view).view(-1, columns) for view in views])
-            codes = torch.empty(stop - first, width, dtype=planned.dst.dtype)
+            codes = torch.empty(stop - first, width, dtype=planned.dst.dtype, device="cpu")
             scales = quant.dequant_scale[first // height : -(-stop // height)]
-            real = _on_host(quant, torch.empty(scales.shape, dtype=scales.dtype))
+            real = _on_host(quant, torch.empty(scales.shape, dtype=scales.dtype, device="cpu"))
             self._run(Move(codes, source, moves[0].shift, real), moves[0])
             flat = planned.dst.view(-1)[start + first * width : start + stop * width]
             yield Piece(planned, flat, codes.view(-1))
@@ -139,7 +139,7 @@ class Rederive:
     def _amax(self, quant: Grouped) -> torch.Tensor:
         key = storage_key(quant.amax)
         if key not in self._amaxes:
-            found = torch.zeros(())
+            found = torch.zeros((), dtype=torch.float32, device="cpu")
             for move in self._groups[key]:
                 for _, src in _split(move.src, move.src, self._size):
                     values = self._read(src).float() + move.shift
@@ -154,7 +154,7 @@ class Rederive:
 
 def read_view(stored: Stored, view: torch.Tensor, size: int) -> torch.Tensor:
     """A meta view's elements, contiguous, read in ranges of few more than `size` elements."""
-    out = torch.empty(view.shape, dtype=view.dtype)
+    out = torch.empty(view.shape, dtype=view.dtype, device="cpu")
     _fill(stored, view, out, size)
     return out
 
@@ -164,7 +164,7 @@ def _fill(stored: Stored, view: torch.Tensor, out: torch.Tensor, size: int) -> N
         return
     first, stop = extent(view)
     if stop - first <= size or view.numel() == 1:
-        buffer = torch.empty(stop - first, dtype=view.dtype)
+        buffer = torch.empty(stop - first, dtype=view.dtype, device="cpu")
         stored.read_flat(first, stop, buffer)
         out.copy_(buffer.as_strided(view.shape, view.stride()))
         return
@@ -218,5 +218,9 @@ def _on_host(quant: Matrix, scales: torch.Tensor) -> Matrix:
     """A matrix's scheme for some of its rows, which become a matrix of their own."""
     real = {"dequant_scale": scales, "first_row": 0}
     if isinstance(quant, NvScale):
-        real |= {"second_scale": torch.empty(1), "amax": torch.empty(1)}
+        real |= {"second_scale": _number(), "amax": _number()}
     return dataclasses.replace(quant, **real)  # type: ignore[arg-type]
+
+
+def _number() -> torch.Tensor:
+    return torch.empty(1, dtype=torch.float32, device="cpu")

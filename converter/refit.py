@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from fuseport.kernels.move import GivenScale
 
+from .arguments import check_given, check_kinds
 from .backend import copier
 from .buckets import buffer_bytes, filled, laid_out, rounds
 from .errors import RecipeError, ShapeError
@@ -62,6 +63,8 @@ class Refit:
         FuseportError: see `errors`. With a group all processes raise, or none.
     """
 
+    # Memory that is made here is written again, outside of a mode that may be on now.
+    @torch.inference_mode(False)
     def __init__(
         self,
         source: Mapping[str, torch.Tensor],
@@ -76,7 +79,9 @@ class Refit:
         group: dist.ProcessGroup | None = None,
         wants: Sequence[int] | None = None,
     ) -> None:
-        self._plan = plan_refit(source, spec, recipe, scales, place or Place(), group, wants)
+        place = Place() if place is None else place
+        self._plan = plan_refit(source, spec, recipe, scales, place, group, wants)
+        _check_outputs(outputs, self._plan.ranks)
         device = next(source[own] for own in self._plan.names.values()).device
         constants = {name: value.to(device) for name, value in self._plan.constants.items()}
         is_split = graph or any(map(any, self.traffic))
@@ -107,6 +112,7 @@ class Refit:
         """`[sender][receiver]`: the bytes that travel in one run, by process of the group."""
         return traffic(self._plan.tensors, self._plan.processes)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def run(self, source: Mapping[str, torch.Tensor] | None = None) -> list[Tensors]:
         """Fill every output, on the current stream; the host waits for nothing.
@@ -121,6 +127,7 @@ class Refit:
             ShapeError: a parameter has another shape, strides or dtype than the planned one.
             MissingTensorError: it is gone, or has no memory.
         """
+        check_given(source=source)
         looks = self._live.looks(source)
         if self._everything is None:
             self._follow(*looks)
@@ -137,6 +144,7 @@ class Refit:
             self._replay = _captured(filling) if self._graph else None
         return result
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def buckets(
         self, nbytes: int, source: Mapping[str, torch.Tensor] | None = None
@@ -151,6 +159,8 @@ class Refit:
             RecipeError: several target ranks are filled here, whose names are alike.
             ShapeError, MissingTensorError: as `run`.
         """
+        check_kinds(nbytes=nbytes)
+        check_given(source=source)
         if len(self._plan.ranks) > 1:
             raise RecipeError(
                 f"buckets of the target's ranks {list(self._plan.ranks)} would have the same "
@@ -201,6 +211,15 @@ class Refit:
             memory = {key: tensor for key, _, tensor in places}
             bucket = [(name, tensor) for _, name, tensor in places]
             yield Pass(part, memory, space, self._here), bucket
+
+
+def _check_outputs(outputs: object, ranks: Sequence[int]) -> None:
+    check_given(outputs=outputs)
+    if isinstance(outputs, Sequence) and len(outputs) != len(ranks):
+        raise ShapeError(
+            f"outputs has {len(outputs)} dicts, expected one for each of the target's ranks "
+            f"{list(ranks)} that are filled here"
+        )
 
 
 def _output(

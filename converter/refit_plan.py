@@ -12,7 +12,9 @@ import torch.distributed as dist
 from fuseport.kernels.move import GivenScale
 
 from . import collector
-from .errors import FuseportWarning, RecipeError
+from .arguments import check_given, check_kinds, check_scales, check_state, check_used
+from .errors import FuseportError, FuseportWarning, RecipeError, SourceError
+from .facts import is_whole
 from .given import Given, scale_table
 from .model import ModelSpec
 from .plan import Planned, on_meta, storage_key
@@ -30,6 +32,8 @@ from .transfers import Wanted, wanted
 
 # The name of the zeros that fill a padded vocabulary.
 PADDING = "(zero rows)"
+# From `_build` up to who made the `Refit`, through what is around the two functions between.
+_CALLER = 6
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,8 @@ class _Offer:
     spec: ModelSpec
     recipe: Recipe
     wants: tuple[int, ...] | None
+    # What is wrong with its own tensors, if anything is.
+    fault: str = ""
 
 
 @collector.paused()
@@ -74,12 +80,16 @@ def plan_refit(
     Raises:
         FuseportError: the same on every process.
     """
-    ranks = None if wants is None else tuple(wants)
-    if recipe.mtp == "drop":
+    check_kinds(spec=spec, recipe=recipe, place=place)
+    check_given(wants=wants)
+    ranks, fault = None if wants is None else tuple(wants), _fault(source, group)
+    check_scales(scales, {} if fault else source)
+    if recipe.mtp == "drop" and not fault:
         source, spec = without_further(source, spec)
     # Errors come after the exchange, so that nobody waits for a process that gave up.
-    tensors = {name: value for name, value in source.items() if isinstance(value, torch.Tensor)}
-    offer = _Offer(Held(place, kinds_of(tensors)), spec, recipe, ranks)
+    usable = {} if fault else source
+    tensors = {name: value for name, value in usable.items() if isinstance(value, torch.Tensor)}
+    offer = _Offer(Held(place, kinds_of(tensors)), spec, recipe, ranks, fault)
     offers = [offer] if group is None else _gather(offer, group)
     process = 0 if group is None else dist.get_rank(group)
     _check_same(offers)
@@ -93,7 +103,7 @@ def plan_refit(
     zeros = zero_row(model, spec, torch.device("meta"))
     task = Task(model, spec, recipe, zeros, scales)
     constants = Constants()
-    constants.add(PADDING, zeros, torch.zeros(zeros.shape, dtype=zeros.dtype))
+    constants.add(PADDING, zeros, torch.zeros(zeros.shape, dtype=zeros.dtype, device="cpu"))
     planned = _build(task, recipe, constants)
     sources = {storage_key(meta[name]): (name, whole) for name, whole in wholes.items()}
     for key, name in constants.names.items():
@@ -124,15 +134,18 @@ class Constants:
         name = f"(number {value!r})"
         if name in self._twins:
             return self._twins[name]
-        return self.add(name, torch.empty(1, device="meta"), torch.full((1,), value))
+        twin = torch.empty(1, dtype=torch.float32, device="meta")
+        return self.add(name, twin, torch.full((1,), value, dtype=torch.float32, device="cpu"))
 
 
 def _build(task: Task, recipe: Recipe, constants: Constants) -> list[Planned]:
     given = Given(constants.number, scale_table(recipe, _no_states))
-    planned = list(build(list(TARGETS[recipe.target].rules(task)), recipe, on_meta, given))
+    targets = list(TARGETS[recipe.target].rules(task))
+    check_used(task.scales, targets)
+    planned = list(build(targets, recipe, on_meta, given))
     given.check_used(recipe)
     for note in given.notes:
-        warnings.warn(note, FuseportWarning, stacklevel=4)
+        warnings.warn(note, FuseportWarning, stacklevel=_CALLER)
     return planned
 
 
@@ -149,8 +162,28 @@ def _gather(offer: _Offer, group: dist.ProcessGroup) -> list[_Offer]:
     return [one for one in offers if one is not None]
 
 
+def _fault(source: Mapping[str, torch.Tensor], group: dist.ProcessGroup | None) -> str:
+    """What is wrong with this process's tensors, to be told to all; raised if nobody waits."""
+    try:
+        check_state(source)
+    except FuseportError as error:
+        if group is None:
+            raise
+        return str(error)
+    return ""
+
+
 def _check_same(offers: Sequence[_Offer]) -> None:
     for number, one in enumerate(offers):
+        if one.fault:
+            raise SourceError(f"process {number}: {one.fault}")
+        place = one.held.place
+        if place.tp_size * place.pp_size > len(offers):
+            raise RecipeError(
+                f"place: the model is split over tp_size {place.tp_size} × pp_size {place.pp_size} "
+                f"processes, and the group has {len(offers)}; give the group of all processes that "
+                f"have the model together"
+            )
         if (one.spec, one.recipe) != (offers[0].spec, offers[0].recipe):
             raise RecipeError(
                 f"process {number} was given another spec or recipe than process 0; all need the "
@@ -162,8 +195,10 @@ def _ranks(offer: _Offer, process: int, processes: int) -> tuple[int, ...]:
     world = offer.recipe.world_size
     if offer.wants is None:
         return tuple(range(world)) if processes == 1 else (process % world,)
-    if not all(0 <= rank < world for rank in offer.wants):
+    known = {rank for rank in offer.wants if is_whole(rank) and 0 <= rank < world}
+    if len(known) < len(offer.wants):
         raise RecipeError(
-            f"process {process} wants the target's ranks {list(offer.wants)}; there are {world}"
+            f"process {process} wants the target's ranks {list(offer.wants)}; there are "
+            f"{world}, each to be named once"
         )
     return offer.wants

@@ -99,7 +99,9 @@ def _scales(
     height, width = REGIONS[known[0].stored.scheme]
     down = _starts(known, height or rows)
     inner = known[0].columns
-    across = _firsts(torch.arange(columns) // (width or columns), _blocks(inner, width))
+    across = _firsts(
+        torch.arange(columns, device="cpu") // (width or columns), _blocks(inner, width)
+    )
     if down is None or across is None:
         return None
     grids = torch.cat([one.grid for one in known])
@@ -165,7 +167,7 @@ def _source(
 
 def _offsets(axes: list[tuple[int, int]]) -> torch.Tensor:
     """Offsets of all combinations of (size, stride) axes, the last one fastest."""
-    total = torch.zeros(1, dtype=torch.int64)
+    total = torch.zeros(1, dtype=torch.int64, device="cpu")
     for size, stride in axes:
-        total = (total[:, None] + torch.arange(size) * stride).view(-1)
+        total = (total[:, None] + torch.arange(size, device="cpu") * stride).view(-1)
     return total

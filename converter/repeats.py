@@ -157,7 +157,7 @@ class Repeats:
             # Each begins where the first one of a pattern might have begun.
             slot = -(-nbytes // ALIGNED) * ALIGNED // dtype.itemsize
             slots = self._make.allocate((_TOGETHER, slot), dtype=dtype)
-            strides = torch.empty(shape, device="meta").stride()
+            strides = torch.empty(shape, dtype=torch.float32, device="meta").stride()
             together = slots.as_strided((_TOGETHER, *shape), (slot, *strides))
             self._small[memory] = list(together.unbind(0))
         return self._small[memory].pop()

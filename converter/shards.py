@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .errors import RecipeError, ShapeError
+from .facts import is_whole
 from .layout import Shape
 from .megatron_names import unwrapped
 from .model import ModelSpec
@@ -56,6 +57,11 @@ class Place:
             "ep": (self.ep_rank, self.ep_size),
             "expert_tp": self.share(True),
         }.items():
+            if not (is_whole(rank) and is_whole(size)):
+                raise RecipeError(
+                    f"{kind}_rank and {kind}_size must be whole numbers, found {rank!r} "
+                    f"and {size!r}"
+                )
             if not 0 <= rank < size:
                 raise RecipeError(f"{kind}_rank {rank} is outside {kind}_size {size}")
 

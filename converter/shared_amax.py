@@ -44,7 +44,7 @@ def reducer(plan: Sequence[Planned], place: Parallel) -> Reduce | None:
 
     def reduce(amaxes: tuple[torch.Tensor, ...]) -> None:
         own = [slots[storage_key(amax)] for amax in amaxes]
-        index = torch.tensor(own, device=amaxes[0].device)
+        index = torch.tensor(own, dtype=torch.int64, device=amaxes[0].device)
         take_maxima(amaxes, index, amaxes[0].new_zeros(size), place.tp_group)
 
     return reduce

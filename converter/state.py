@@ -13,6 +13,7 @@ from fuseport.kernels.move import GivenScale
 
 from . import collector
 from .alike import Alike
+from .arguments import check_conversion, check_used
 from .backend import Make, choose, copier
 from .claims import Claims, StoredClaims, check_dtype
 from .errors import FuseportWarning, MissingTensorError
@@ -35,6 +36,8 @@ from .targets.target import Task
 
 # Elements of which the launch takes longer than the planning of as many.
 PART = 1 << 31
+# From a helper up to who called `convert_state_dict`, through the function and what is around it.
+_CALLER = 4
 
 
 @collector.paused()
@@ -65,6 +68,7 @@ def convert_state_dict(
     Raises:
         FuseportError: see `errors`; nothing is converted.
     """
+    check_conversion(state_dict, spec, recipe, scales)
     if recipe.mtp == "drop":
         state_dict, spec = without_further(state_dict, spec)
     TARGETS[recipe.target].check(spec, recipe)
@@ -83,6 +87,7 @@ def convert_state_dict(
         tensors |= {name: dequantise(found[name]) for name in names}
         model = read_model(tensors, spec, StoredClaims)
     targets, make = prepare(tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid)
+    check_used(scales, targets)
     ready = copier(backend, next(iter(tensors.values())).device)
     ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(recipe.world_size)]
     for rank, name, tensor in _filled(targets, Repeats(make, alike), ready):
@@ -152,7 +157,7 @@ def _finish(given: Given, recipe: Recipe) -> None:
     """Raise ScaleError if a given scale was not used, and hand notes on as warnings."""
     given.check_used(recipe)
     for note in given.notes:
-        warnings.warn(note, FuseportWarning, stacklevel=3)
+        warnings.warn(note, FuseportWarning, stacklevel=_CALLER)
 
 
 def whole_layers(targets: Sequence[TargetTensor], limit: int) -> Iterator[list[TargetTensor]]:
@@ -175,7 +180,7 @@ def given_in_memory(task: Task, device: torch.device, states: Mapping[str, objec
 
     @functools.cache
     def constant(value: float) -> torch.Tensor:
-        return torch.full((1,), value, device=device)
+        return torch.full((1,), value, dtype=torch.float32, device=device)
 
     return Given(constant, table)
 
@@ -219,7 +224,7 @@ def _relay(
             f"{names[0]} ({found[names[0]].scheme}): a result with "
             f"quant {recipe.quant!r} does not hold them as they are",
             FuseportWarning,
-            stacklevel=3,
+            stacklevel=_CALLER,
         )
     return scales, names
 
@@ -238,7 +243,10 @@ def weights(state_dict: Mapping[str, object]) -> dict[str, torch.Tensor]:
     """
     found = tensors_of(state_dict)
     if not found:
-        raise MissingTensorError("the state dict holds no tensors")
+        keys = ", ".join(map(str, list(state_dict)[:5]))
+        raise MissingTensorError(
+            f"the state dict holds no tensors (its keys: {keys or 'none'}); give the model's own"
+        )
     return found
 
 

@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
+from .arguments import check_given, check_kinds, result_path
 from .checkpoint import (
     DTYPE_NAMES,
     file_digest,
@@ -65,6 +66,9 @@ class Verification:
     accounting: Accounting | None
 
 
+# Threads fill memory that is made here, and a mode is one thread's.
+@torch.inference_mode(False)
+@torch.no_grad()
 def verify_checkpoint(
     out: str | Path,
     source: str | Path | None = None,
@@ -85,7 +89,9 @@ def verify_checkpoint(
         VerificationError: names the first file or tensor that differs.
         FuseportError: the source cannot be read, or does not fit the manifest.
     """
-    out = Path(out)
+    check_kinds(progress=progress)
+    check_given(limits=limits)
+    out = result_path(out)
     manifest = read_manifest(out)
     tensors = _check_files(out, manifest, progress)
     _check_structure(out, manifest)

@@ -100,8 +100,14 @@ class FusedCopy:
             to be gathered into one matrix are counted under the first of them.
 
         Raises:
-            ValueError: an option was given that a batch with repeats does not have.
+            ValueError: an option was given that a batch with repeats does not have, or there is
+                nothing to launch on.
         """
+        if self.device.type != "cuda" and not is_interpreted():
+            raise ValueError(
+                f"the moves lie on {self.device}, and the kernels run on a GPU; set "
+                f"TRITON_INTERPRET=1 before they are imported, or take fused_copy_ref"
+            )
         if self._has_repeats and (count or power is not None or reduce is not None):
             raise ValueError("a batch with repeats can neither count nor merge amaxes")
         counters = self._zeros(torch.int64) if count else None
@@ -133,7 +139,7 @@ class FusedCopy:
         # A staged matrix is made of its copies; it stays where it is itself.
         own = [0 if index in self._staged else step for index, step in enumerate(steps)]
         for launches, by in ((self._gathers, steps), (self.launches, own)):
-            table = torch.tensor(by, dtype=torch.int64).to(self.device)
+            table = torch.tensor(by, dtype=torch.int64, device="cpu").to(self.device)
             for launch in launches:
                 launch.descriptors[:, 1] += table[launch.descriptors[:, 15]]
         self.moves = tuple(moves)
@@ -193,7 +199,7 @@ def fused_copy(
     Twin of `reference.fused_copy_ref`: same arguments, same bits, same counters.
     """
     if not moves:
-        return torch.zeros(0, 2, dtype=torch.int64) if count else None
+        return torch.zeros(0, 2, dtype=torch.int64, device="cpu") if count else None
     return FusedCopy(moves).run(count=count, power=power, reduce=reduce)
 
 
@@ -221,7 +227,8 @@ def _scale_values(
     for one in repeats:
         scales = [time.quant_scale for time in one.times]
         values += np.repeat(scales, len(one.moves)).tolist()
-    return torch.tensor(values, dtype=torch.float32).to(device, non_blocking=True)
+    host = torch.tensor(values, dtype=torch.float32, device="cpu")
+    return host.to(device, non_blocking=True)
 
 
 def _scale_pointers(jobs: Sequence[Job], values: torch.Tensor) -> dict[int, int]:

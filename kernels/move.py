@@ -43,7 +43,8 @@ class Move:
     A `quant` says how the elements are scaled and what `dst` holds: see `quant`.
 
     Raises:
-        ValueError: the shapes differ, or the dtypes have no conversion.
+        TypeError: an argument is of another type.
+        ValueError: the shapes differ, the dtypes have no conversion, or the scales do not fit.
     """
 
     dst: torch.Tensor
@@ -52,6 +53,16 @@ class Move:
     quant: Scheme | None = None
 
     def __post_init__(self) -> None:
+        # A look at the types beforehand would cost as much as all else here.
+        try:
+            self._check()
+        except AttributeError as error:
+            found = ", ".join(type(one).__name__ for one in (self.dst, self.src, self.quant))
+            raise TypeError(
+                f"a move takes two tensors and a scheme such as GivenScale or None, found {found}"
+            ) from error
+
+    def _check(self) -> None:
         expected: tuple[int, ...] = self.src.shape
         if isinstance(self.quant, NvScale) and expected:
             expected = (*expected[:-1], expected[-1] // 2)
@@ -75,11 +86,18 @@ def _check_quant(dst: torch.Tensor, src: torch.Tensor, quant: Scheme) -> None:
     scheme = type(quant).__name__
     if dst.dtype is not quant.codes or src.dtype not in FLOATS:
         raise ValueError(f"{scheme} makes {quant.codes} of a float, not {dst.dtype} of {src.dtype}")
-    if isinstance(quant, Regional) and (not dst.is_contiguous() or src.numel() % quant.columns):
-        raise ValueError(
-            f"{scheme} fills whole rows of {quant.columns} elements one after the other, found "
-            f"{src.numel()} elements with strides {dst.stride()}"
-        )
+    if isinstance(quant, Regional):
+        count = src.numel()
+        if not dst.is_contiguous() or count % quant.columns:
+            raise ValueError(
+                f"{scheme} fills whole rows of {quant.columns} elements one after the other, found "
+                f"{count} elements with strides {dst.stride()}"
+            )
+        last = quant.first_row + count // quant.columns
+        if quant.first_row < 0 or last > quant.rows:
+            raise ValueError(
+                f"{scheme} has scales for {quant.rows} rows, found rows {quant.first_row} to {last}"
+            )
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 from typing import Any, ClassVar
 
 import torch
 
 E4M3, E2M1_PAIRS = torch.float8_e4m3fn, torch.uint8
+
+
+def _check_number(name: str, tensor: torch.Tensor) -> None:
+    # Kernels are given addresses alone, and would take another dtype for fp32.
+    if tensor.dtype is not torch.float32 or tensor.numel() != 1:
+        raise ValueError(
+            f"{name} must be an fp32 tensor of one element, found {tensor.dtype} of shape "
+            f"{tuple(tensor.shape)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -34,10 +44,22 @@ class GivenScale:
 
     `quant_scale` is a Python float, or an fp32 tensor of one element on the device of the move
     (read by the kernel, so that no value has to come to the host).
+
+    Raises:
+        TypeError, ValueError: it is something else.
     """
 
     codes: ClassVar[torch.dtype] = E4M3
     quant_scale: float | torch.Tensor
+
+    def __post_init__(self) -> None:
+        given: object = self.quant_scale
+        if isinstance(given, torch.Tensor):
+            _check_number("quant_scale", given)
+        elif not isinstance(given, Real):
+            raise TypeError(
+                f"quant_scale must be a number or a tensor, found {type(given).__name__}"
+            )
 
 
 @dataclass(frozen=True)
@@ -52,6 +74,10 @@ class TensorScale:
     codes: ClassVar[torch.dtype] = E4M3
     dequant_scale: torch.Tensor
     amax: torch.Tensor
+
+    def __post_init__(self) -> None:
+        _check_number("dequant_scale", self.dequant_scale)
+        _check_number("amax", self.amax)
 
 
 @dataclass(frozen=True)
@@ -80,11 +106,22 @@ class Regional:
                 f"{type(self).__name__} needs a contiguous {self.scales} tensor for its scales, "
                 f"not {self.dequant_scale.dtype} with strides {self.dequant_scale.stride()}"
             )
-        if self.columns < 1 or self.columns % self.multiple:
+        if type(self.columns) is not int or self.columns < 1 or self.columns % self.multiple:
             raise ValueError(
                 f"{type(self).__name__} needs rows of a multiple of {self.multiple} elements, "
                 f"found {self.columns}"
             )
+        across = -(-self.columns // (self.region[1] or self.columns))
+        if self.dequant_scale.shape[1:].numel() != across:
+            raise ValueError(
+                f"{type(self).__name__} needs {across} scales across {self.columns} elements, "
+                f"found shape {list(self.dequant_scale.shape)}"
+            )
+
+    @property
+    def rows(self) -> int:
+        """The rows of the matrix for which there are scales, the last region filled up."""
+        return self.region[0] * self.dequant_scale.shape[0]
 
     @property
     def multiple(self) -> int:
@@ -134,6 +171,11 @@ class NvScale(Regional):
     region: ClassVar[tuple[int, int]] = (1, 16)
     second_scale: torch.Tensor
     amax: torch.Tensor
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_number("second_scale", self.second_scale)
+        _check_number("amax", self.amax)
 
 
 Scheme = GivenScale | TensorScale | RowScale | BlockScale | MxScale | NvScale

@@ -42,7 +42,7 @@ def dequant_scale_ref(amax: torch.Tensor, largest: float) -> torch.Tensor:
 
 def _divide(values: torch.Tensor, by: float) -> torch.Tensor:
     # By a tensor: on a GPU torch multiplies with the reciprocal of a plain number.
-    return values / torch.full((), by, device=values.device)
+    return values / torch.full((), by, dtype=torch.float32, device=values.device)
 
 
 def update_amax(
@@ -63,7 +63,8 @@ def _grid(quant: Regional, matrices: dict[int, torch.Tensor]) -> torch.Tensor:
     """The amax of each region of a matrix, [regions down, regions across]."""
     scales = quant.dequant_scale
     shape = (scales.shape[0], scales.shape[1] if scales.ndim > 1 else 1)
-    return matrices.setdefault(scales.data_ptr(), torch.zeros(shape, device=scales.device))
+    grid = torch.zeros(shape, dtype=torch.float32, device=scales.device)
+    return matrices.setdefault(scales.data_ptr(), grid)
 
 
 def _regions(quant: Regional, count: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -131,5 +132,6 @@ def dequantise_ref(move: Move, matrices: dict[int, torch.Tensor]) -> torch.Tenso
     if not isinstance(quant, NvScale):
         return move.dst.float().reshape(-1, quant.columns) * scale
     pairs = torch.stack([move.dst & 15, move.dst >> 4], -1).reshape(-1, quant.columns)
-    table = torch.tensor(_E2M1 + tuple(-one for one in _E2M1), device=move.dst.device)
+    values = _E2M1 + tuple(-one for one in _E2M1)
+    table = torch.tensor(values, dtype=torch.float32, device=move.dst.device)
     return table[pairs.long()] * scale

@@ -147,6 +147,7 @@ def fused_copy_ref(
         With `count`, int64 [len(moves), 2] on the moves' device: per move, the finite source
         elements that saturated or overflowed, and the source elements that are NaN or Inf.
     """
+    moves = tuple(moves)
     amaxes = _find_amaxes(moves, reduce)
     counts = []
     for index, move in enumerate(moves):
@@ -160,4 +161,5 @@ def fused_copy_ref(
         counts.append(total)
     if not count:
         return None
-    return torch.stack(counts) if counts else torch.zeros(0, 2, dtype=torch.int64)
+    nothing = torch.zeros(0, 2, dtype=torch.int64, device="cpu")
+    return torch.stack(counts) if counts else nothing

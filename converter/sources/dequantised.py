@@ -118,6 +118,6 @@ def read_whole(stored: Stored) -> torch.Tensor:
 
 def read_part(stored: Stored, start: int, stop: int) -> torch.Tensor:
     """Elements [start, stop) of a stored tensor, flattened, in memory."""
-    out = torch.empty(stop - start, dtype=stored.dtype)
+    out = torch.empty(stop - start, dtype=stored.dtype, device="cpu")
     stored.read_flat(start, stop, out)
     return out

@@ -127,7 +127,7 @@ def _from_bytes(tensor: PickledTensor, data: bytes, where: str) -> torch.Tensor:
     if min(sizes, default=0) < 0 or math.prod(sizes) * tensor.dtype.itemsize > len(data):
         raise CorruptSourceError(f"{where}: a tensor {sizes} has {len(data)} bytes")
     if not len(data):
-        return torch.empty(sizes, dtype=tensor.dtype)
+        return torch.empty(sizes, dtype=tensor.dtype, device="cpu")
     flat = torch.frombuffer(bytearray(data), dtype=tensor.dtype)
     # torch checks that strides and offset stay within the storage.
     with contextlib.suppress(RuntimeError, OverflowError, TypeError):

@@ -214,7 +214,7 @@ def _elements(box: _Box, low: int, high: int) -> torch.Tensor:
     """Elements [low, high) of a piece, flattened; a view where the memory allows it."""
     if isinstance(box.data, torch.Tensor):
         return _flat_part(box.data, low, high)
-    out = torch.empty(high - low, dtype=box.dtype)
+    out = torch.empty(high - low, dtype=box.dtype, device="cpu")
     _read(box, low, high, out)
     return out
 

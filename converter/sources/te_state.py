@@ -100,7 +100,7 @@ class TeState:
     def _places(self) -> torch.Tensor:
         """[3, gemms]: where the scale of a kind and gemm is."""
         order = self.order or self._order()
-        places = torch.arange(3 * self.gemms)
+        places = torch.arange(3 * self.gemms, device="cpu")
         return places.view(3, -1) if order == BY_KIND else places.view(-1, 3).T
 
     def _order(self) -> str:

@@ -20,6 +20,8 @@ from fuseport.kernels.move import (
     describe,
     is_vector,
 )
+from fuseport.kernels.quant import MxScale, RowScale, TensorScale
+from fuseport.kernels.reference import fused_copy_ref
 
 
 def covered(boxes: list[Box]) -> list[tuple[int, int]]:
@@ -127,3 +129,29 @@ def test_moves_that_make_no_sense_are_refused() -> None:
         Move(torch.empty(2), torch.empty(2, dtype=torch.int32))
     with pytest.raises(ValueError, match="GivenScale makes"):
         Move(torch.empty(2), torch.empty(2), quant=GivenScale(1.0))
+    with pytest.raises(TypeError, match="found Tensor, NoneType, NoneType"):
+        Move(torch.empty(2), None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"a scheme such as GivenScale or None, found .* float"):
+        Move(torch.empty(2), torch.empty(2), quant=0.5)  # type: ignore[arg-type]
+
+
+def test_scales_that_do_not_fit_are_refused() -> None:
+    """A kernel is given addresses alone: it would write beyond them, or another dtype's bits."""
+    codes, source = torch.empty(4, 64, dtype=torch.float8_e4m3fn), torch.empty(4, 64)
+    for scale, first in ((torch.empty(3), 0), (torch.empty(4), 1), (torch.empty(4), -1)):
+        with pytest.raises(ValueError, match=r"RowScale has scales for . rows"):
+            Move(codes, source, quant=RowScale(scale, 64, first))
+    with pytest.raises(ValueError, match="needs 2 scales across 64 elements"):
+        MxScale(torch.empty(4, 3, dtype=torch.uint8), 64)
+    with pytest.raises(ValueError, match=r"found 64\.0"):
+        RowScale(torch.empty(4), 64.0)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="dequant_scale must be an fp32 tensor of one element"):
+        TensorScale(torch.empty(1, dtype=torch.bfloat16), torch.empty(1))
+    with pytest.raises(ValueError, match="amax must be an fp32 tensor of one element"):
+        TensorScale(torch.empty(1), torch.empty(2))
+
+
+def test_moves_may_come_from_a_generator() -> None:
+    source, dst = torch.ones(3), torch.zeros(2, 3)
+    fused_copy_ref(Move(row, source) for row in dst)  # type: ignore[arg-type]
+    assert dst.eq(1).all()

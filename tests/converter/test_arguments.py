@@ -1,0 +1,292 @@
+"""Wrong kinds of arguments end in an error that names the argument, and what it was."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from fuseport_testing.tiny import write_tiny
+
+from fuseport.converter import (
+    FuseportError,
+    ModelSpec,
+    Recipe,
+    convert_checkpoint,
+    convert_state_dict,
+    export_state_dict,
+    plan_checkpoint,
+    verify_checkpoint,
+)
+from fuseport.converter.errors import FuseportWarning, RecipeError, ScaleError
+from fuseport.converter.limits import Limits
+from fuseport.converter.megatron import DistributedTRTLLMModelWeightsConverter, Parallel
+from fuseport.converter.refit import Refit
+from fuseport.converter.shards import Place
+from fuseport.kernels.quant import GivenScale
+
+SPEC = ModelSpec(
+    num_layers=1,
+    hidden_size=8,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=4,
+    ffn_hidden_size=16,
+)
+SHAPES = {
+    "embedding.word_embeddings.weight": (32, 8),
+    "decoder.layers.0.input_layernorm.weight": (8,),
+    "decoder.layers.0.self_attention.linear_qkv.weight": (16, 8),
+    "decoder.layers.0.self_attention.linear_proj.weight": (8, 8),
+    "decoder.layers.0.pre_mlp_layernorm.weight": (8,),
+    "decoder.layers.0.mlp.linear_fc1.weight": (32, 8),
+    "decoder.layers.0.mlp.linear_fc2.weight": (8, 16),
+    "decoder.final_layernorm.weight": (8,),
+    "output_layer.weight": (32, 8),
+}
+STATE: dict[Any, Any] = {name: torch.ones(shape) for name, shape in SHAPES.items()}
+ONE = "decoder.layers.0.mlp.linear_fc2.weight"
+ON_META = GivenScale(torch.ones(1, device="meta"))
+LOSSY = Recipe(kv_cache="fp8")
+HF, FC = Recipe(target="hf"), "transformer.layers.0.mlp.fc"
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says that it is on a GPU."""
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        return torch.device("cuda:0")
+
+
+def freed() -> torch.Tensor:
+    tensor = torch.ones(SHAPES[ONE])
+    tensor.untyped_storage().resize_(0)
+    return tensor
+
+
+def ways(state: Any, spec: Any, recipe: Any, **options: Any) -> Iterator[Callable[[], object]]:
+    """The three doors for weights in memory."""
+    yield lambda: convert_state_dict(state, spec, recipe, **options)
+    yield lambda: export_state_dict(state, spec, recipe, "never-made", **options)
+    yield lambda: Refit(state, spec, recipe, **options)
+
+
+@pytest.mark.parametrize(
+    ("state", "words"),
+    [
+        (torch.nn.Linear(2, 2), r"state_dict must be .* model.state_dict\(\), found Linear"),
+        (None, "state_dict must be .*, found None"),
+        ((item for item in STATE.items()), "found generator"),
+        ({"model": STATE}, r"no tensors \(its keys: model\)"),
+        ({"model.embed_tokens.weight": torch.ones(1)}, "has Hugging Face's names"),
+        ({**STATE, 3: torch.ones(1)}, "the key 3"),
+        ({**STATE, ONE: torch.ones(SHAPES[ONE], device="meta")}, f"{ONE}.* on meta, has no values"),
+        ({**STATE, ONE: freed()}, f"{ONE}.* has no values"),
+        ({**STATE, ONE: torch.ones(SHAPES[ONE]).to_sparse()}, f"{ONE} .*sparse_coo"),
+        ({**STATE, ONE: Elsewhere(SHAPES[ONE])}, f"{ONE} is on cuda:0 and .* on cpu"),
+        ({**STATE, ONE: np.ones(SHAPES[ONE])}, f"{ONE} is a ndarray, expected a torch.Tensor"),
+    ],
+    ids=[
+        "module",
+        "none",
+        "generator",
+        "nested",
+        "hf",
+        "key",
+        "meta",
+        "freed",
+        "sparse",
+        "device",
+        "numpy",
+    ],
+)
+def test_what_is_no_state_dict(state: Any, words: str) -> None:
+    for way in ways(state, SPEC, HF):
+        with pytest.raises(FuseportError, match=words):
+            way()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"spec": {}}, "spec must be a ModelSpec, found dict"),
+        ({"recipe": "hf"}, "recipe must be a Recipe, found 'hf'"),
+        ({"recipe": Recipe, "spec": SPEC}, "recipe must be a Recipe, found the class Recipe"),
+        ({"scales": {FC: 0.5}}, f"{FC} has a float, expected a GivenScale"),
+        (
+            {"scales": {FC: ON_META}},
+            "on meta, expected one on cpu",
+        ),
+        ({"scales": {FC: GivenScale(0.0)}}, f"{FC} has the quant_scale 0.0"),
+        ({"scales": {"model.layers.0.mlp": GivenScale(0.5)}}, "model.layers.0.mlp is no module"),
+    ],
+    ids=["spec", "recipe", "class", "float", "device", "zero", "unknown"],
+)
+def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
+    given = {"spec": SPEC, "recipe": Recipe(), **arguments}
+    for way in ways(STATE, **given):
+        with pytest.raises(FuseportError, match=words):
+            way()
+
+
+def test_a_refits_own_arguments() -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"place": {}}, "place must be a Place, found dict"),
+        ({"place": Place(tp_size=2)}, "tp_size 2 .* the group has 1"),
+        ({"wants": 0}, "wants must be a list"),
+        ({"wants": [0, 0]}, "each to be named once"),
+        ({"outputs": {}}, "outputs must be a list of dicts"),
+        ({"outputs": []}, "outputs has 0 dicts"),
+    ]
+    for arguments, words in wrong:
+        with pytest.raises(FuseportError, match=words):
+            Refit(STATE, SPEC, HF, **arguments)
+    with pytest.raises(RecipeError, match="tp_size must be whole numbers"):
+        Place(tp_size="2")  # type: ignore[arg-type]
+    refit = Refit(STATE, SPEC, HF)
+    with pytest.raises(FuseportError, match="nbytes must be a whole number of bytes, found '1MB'"):
+        next(refit.buckets("1MB"))  # type: ignore[arg-type]
+    with pytest.raises(FuseportError, match=r"source must be a mapping .* found Linear"):
+        refit.run(torch.nn.Linear(2, 2))  # type: ignore[arg-type]
+    with pytest.raises(FuseportError, match=r"no torch.Tensor where one was planned"):
+        refit.run({name: tensor.numpy() for name, tensor in STATE.items()})
+
+
+def test_wrong_arguments_for_files(tmp_path: Path) -> None:
+    source, out = write_tiny(tmp_path / "source"), tmp_path / "out"
+    wrong: list[tuple[Callable[..., object], tuple[Any, ...], dict[str, Any], str]] = [
+        (convert_checkpoint, (None, out), {}, "source must be a path, .* found None"),
+        (convert_checkpoint, (source, 3), {}, "out must be a path, .* found 3"),
+        (convert_checkpoint, (source, out, "hf"), {}, "recipe must be a Recipe, found 'hf'"),
+        (convert_checkpoint, (source, out), {"facts": Namespace()}, "facts .* found Namespace"),
+        (
+            convert_checkpoint,
+            (source, out),
+            {"facts": {1: 2}},
+            "'1' is not the name of a model fact",
+        ),
+        (convert_checkpoint, (source, out), {"device": 0}, "device '0' is none of"),
+        (convert_checkpoint, (source, out), {"limits": 1 << 30}, "limits must be Limits"),
+        (convert_checkpoint, (source, out), {"progress": None}, "progress must be a function"),
+        (convert_checkpoint, (plan_checkpoint(source, HF), out, HF), {}, "a plan has its recipe"),
+        (plan_checkpoint, (source, None), {}, "recipe must be a Recipe, found None"),
+        (verify_checkpoint, (None,), {}, "out must be a path"),
+        (Limits, (1 << 30, "2GiB"), {}, "host_memory must be a whole number of bytes"),
+        (ModelSpec.from_facts, (Namespace(),), {}, r"facts must be a mapping .* vars\("),
+    ]
+    for call, arguments, options, words in wrong:
+        with pytest.raises(FuseportError, match=words):
+            call(*arguments, **options)
+    assert not out.exists()
+
+
+def test_a_dtype_is_named() -> None:
+    with pytest.raises(RecipeError, match=r"is none of bfloat16, .* as a str"):
+        Recipe(dtype=torch.bfloat16)  # type: ignore[arg-type]
+
+
+def test_warnings_name_the_callers_line() -> None:
+    for call in (lambda: convert_state_dict(STATE, SPEC, LOSSY), lambda: Refit(STATE, SPEC, LOSSY)):
+        with pytest.warns(FuseportWarning, match="no scales of the KV cache") as caught:
+            call()
+        assert [one.filename for one in caught] == [__file__]
+
+
+def test_home_and_torchs_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    write_tiny(tmp_path / "source")
+    convert_checkpoint("~/source", "~/out", device=torch.device("cpu"))
+    assert verify_checkpoint("~/out", "~/source").accounting is not None
+    assert not Path("~").exists()
+
+
+def test_odd_members_are_taken() -> None:
+    """Parameters, views, expanded and tied tensors; what Transformer Engine leaves beside them."""
+    table = torch.randn(SHAPES["output_layer.weight"])
+    odd = {
+        "decoder.layers.0.mlp.linear_fc1._extra_state": Elsewhere(3),
+        **{name: torch.nn.Parameter(tensor) for name, tensor in STATE.items()},
+        ONE: torch.ones(()).expand(SHAPES[ONE]),
+        "output_layer.weight": table.t().contiguous().t(),
+        "embedding.word_embeddings.weight": table,
+        "decoder.layers.0.mlp.linear_fc2._extra_state": None,
+    }
+    plain = {**STATE, "output_layer.weight": table, "embedding.word_embeddings.weight": table}
+    for recipe in (HF, Recipe(target="hf", quant="fp8-block")):
+        (expected,) = convert_state_dict(plain, SPEC, recipe)
+        (found,) = convert_state_dict(odd, SPEC, recipe)  # type: ignore[arg-type]
+        for name, tensor in expected.items():
+            assert not found[name].requires_grad
+            assert torch.equal(found[name].view(torch.uint8), tensor.view(torch.uint8)), name
+
+
+def test_given_scales_of_another_dtype_are_refused() -> None:
+    """A kernel would read the bytes as fp32."""
+    with pytest.raises(ValueError, match="quant_scale must be an fp32 tensor of one element"):
+        GivenScale(torch.ones(1, dtype=torch.float64))
+    with pytest.raises(TypeError, match="quant_scale must be a number or a tensor, found str"):
+        GivenScale("1")  # type: ignore[arg-type]
+    with pytest.raises(ScaleError, match="positive"):
+        convert_state_dict(STATE, SPEC, Recipe(), scales={FC: GivenScale(-1.0)})
+
+
+CONFIG = Namespace(
+    num_layers=1,
+    hidden_size=8,
+    num_attention_heads=2,
+    num_query_groups=1,
+    kv_channels=4,
+    ffn_hidden_size=16,
+    gated_linear_unit=True,
+    normalization="RMSNorm",
+    num_moe_experts=None,
+)
+FACTOR = f"{FC}.weights_scaling_factor"
+
+
+def drop_in(state: Any = STATE, vocab: Any = 32, names: Any = None, **changed: Any) -> object:
+    """A conversion by the distributed drop-in, with some arguments changed."""
+    given = {"transformer_config": CONFIG, "dtype": "bfloat16", "activation": "swiglu", **changed}
+    given.setdefault("parallel", Parallel())
+    converter = DistributedTRTLLMModelWeightsConverter(**given)
+    converter.convert(state, {} if names is None else names, vocab)
+    return converter
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"state": torch.nn.Linear(2, 2)}, "state_dict must be .* found Linear"),
+        ({"state": {**STATE, ONE: torch.ones(8, 16, device="meta")}}, f"{ONE}.* has no values"),
+        ({"vocab": None}, "tokenizer_vocab_size must be a whole number of rows, found None"),
+        ({"vocab": 0}, "tokenizer_vocab_size must be at least 1, found 0"),
+        ({"names": [1]}, "trtllm_conversion_dict must be a mapping .* found list"),
+        ({"names": {ONE: "x", "decoder.layers.mlp.linear_fc2.weight": "x"}}, "becomes 'x'"),
+        ({"transformer_config": vars(CONFIG)}, "transformer_config must be .* found dict"),
+        ({"dtype": ["bfloat16"]}, "is none of bfloat16"),
+        ({"parallel": (1, 0)}, "parallel must be a Parallel, found tuple"),
+        ({"quantisation": "fp8"}, "quantisation must be a Recipe, found 'fp8'"),
+        ({"scales": {FACTOR: {}}}, f"{FACTOR} must be a dict with one number"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_wrong_arguments_of_the_drop_in(changed: dict[str, Any], words: str) -> None:
+    with pytest.raises(FuseportError, match=words):
+        drop_in(**changed)
+
+
+def test_the_drop_in_takes_any_mapping_and_outlives_inference_mode() -> None:
+    (expected,) = convert_state_dict(STATE, SPEC, Recipe())
+    for output in ("host", "cuda"):
+        with torch.inference_mode():
+            converter: Any = drop_in(MappingProxyType(STATE), output=output)
+        converter.convert(MappingProxyType(STATE), {}, 32)
+        for name, tensor in converter.trtllm_model_weights.items():
+            assert torch.equal(tensor, expected[name]), name
