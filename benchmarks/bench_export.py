@@ -25,13 +25,12 @@ from safetensors.torch import load_file, save_file
 from fuseport.converter import Recipe, export_state_dict, verify_checkpoint
 from fuseport.converter.slabs import forget
 from fuseport.converter.timings import Timings
-from fuseport.kernels.move import GivenScale
 
 from .bench_peers import DENSE, TP
 from .conftest import Bench
 from .measure import seconds
 from .megatron_peer import converter
-from .models import MODULES, of_rank, random_weights, shapes
+from .models import given_scales, of_rank, random_weights, shapes
 from .results import Row
 from .work import QUANT_SCALE, same_bits
 
@@ -122,8 +121,7 @@ def busy(timings: Timings | None) -> dict[str, float]:
 
 def ours(state: State, recipe: Recipe, out: Path, given: bool) -> Way:
     """Fuseport's, with the last call's stages."""
-    names = [f"transformer.layers.{n}.{m}" for n in range(OWN.num_layers) for m in MODULES]
-    scales = {name: GivenScale(QUANT_SCALE) for name in names} if given else None
+    scales = given_scales(OWN, QUANT_SCALE) if given else None
 
     def run() -> None:
         way.timings = Timings()

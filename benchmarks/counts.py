@@ -18,9 +18,9 @@ import torch
 from fuseport.converter.sources.megatron import read_model
 from fuseport.converter.state import plan_memory
 from fuseport.kernels.fused_copy import FusedCopy
-from fuseport.kernels.move import GivenScale, Move
+from fuseport.kernels.move import Move
 
-from .models import LLAMA_8B, LLAMA_70B, MODULES, QWEN3_235B_EP8, of_rank
+from .models import LLAMA_8B, LLAMA_70B, QWEN3_235B_EP8, given_scales, of_rank
 from .work import QUANT_SCALE, Case, moves_of
 
 META = torch.device("meta")
@@ -41,9 +41,7 @@ def planned_moves(case: Case, scheme: str) -> tuple[int, list[Move]]:
     }
     scales = None
     if case.takes_scales(scheme):
-        layers = range(case.spec.num_layers)
-        names = [f"transformer.layers.{layer}.{module}" for layer in layers for module in MODULES]
-        scales = {name: GivenScale(QUANT_SCALE) for name in names}
+        scales = given_scales(case.spec, QUANT_SCALE)
     model = read_model(weights, case.spec)
     plan = plan_memory(weights, model, case.spec, case.recipe(scheme), scales)
     return len(weights), moves_of(plan)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from fuseport.converter import ModelSpec
+from fuseport.kernels.move import GivenScale
 
 Shapes = dict[str, tuple[int, ...]]
 MODULES = ("attention.qkv", "attention.dense", "mlp.fc", "mlp.gate", "mlp.proj")
@@ -74,6 +75,19 @@ TOY_PEER_MOE = TOY_MOE.replace(
     hidden_size=128, num_attention_heads=2, num_query_groups=1, kv_channels=128,
     moe_ffn_hidden_size=128,
 )  # fmt: skip
+
+
+def given_scales(spec: ModelSpec, quant_scale: float) -> dict[str, GivenScale]:
+    """One scale for every linear weight, by the unified checkpoint's names.
+
+    Experts' gates are in the same tensor as their other half.
+    """
+    return {
+        f"transformer.layers.{layer}.{module}": GivenScale(quant_scale)
+        for layer in range(spec.num_layers)
+        for module in MODULES
+        if module != "mlp.gate" or not spec.is_moe(layer)
+    }
 
 
 def of_rank(spec: ModelSpec, tp: int) -> ModelSpec:

@@ -24,12 +24,12 @@ from fuseport.converter.repeats import Repeats
 from fuseport.converter.repeats import Work as Patterns
 from fuseport.converter.sources.megatron import read_model
 from fuseport.converter.state import plan_memory, prepare
-from fuseport.kernels.move import GivenScale, Move
+from fuseport.kernels.move import Move
 from fuseport.kernels.quant import placed
 from fuseport.kernels.reference import fused_copy_ref
 
 from .measure import Run, seconds
-from .models import MODULES, Shapes, random_weights, shapes
+from .models import Shapes, given_scales, random_weights, shapes
 
 Weights = Mapping[str, torch.Tensor]
 # A power of two: both it and its reciprocal are exact.
@@ -93,10 +93,7 @@ class Work:
         self.whole: tuple[ModelSpec, int] | None = None
         chosen = {name: shape for name, shape in case.shapes().items() if wanted(name)}
         self.weights = random_weights(chosen, device)
-        names = [
-            f"transformer.layers.{n}.{m}" for n in range(self.spec.num_layers) for m in MODULES
-        ]
-        given = {name: GivenScale(QUANT_SCALE) for name in names}
+        given = given_scales(self.spec, QUANT_SCALE)
         self.scales = given if case.takes_scales(scheme) else None
         # Triton's interpreter would take minutes.
         self.backend = "triton" if device.type == "cuda" else "torch"
