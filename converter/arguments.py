@@ -82,6 +82,12 @@ def check_given(**arguments: object) -> None:
     check_kinds(**{name: value for name, value in arguments.items() if value is not None})
 
 
+def check_run(progress: object, limits: object) -> None:
+    """The options that all runs over files have."""
+    check_kinds(progress=progress)
+    check_given(limits=limits)
+
+
 def _found(value: object) -> str:
     if value is None or isinstance(value, (str, int, float)):
         return repr(value)

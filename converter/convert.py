@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import check_given, check_kinds, out_path, path_of
+from .arguments import check_run, out_path, path_of
 from .backend import choose, copier, default_device, on
 from .checkpoint import MANIFEST, copy_assets, write_json
 from .checkpoint_plan import CheckpointPlan, plan_checkpoint
@@ -93,17 +93,14 @@ def convert_checkpoint(
     Raises:
         FuseportError: see `errors`; `out` is as it was.
     """
-    check_kinds(progress=progress)
-    check_given(limits=limits)
+    check_run(progress, limits)
     out = out_path(out)
     plan = _plan(source, recipe, facts)
     keep_apart(plan.source.origin, out)
-    if assets is not None:
-        assets = path_of("assets", assets, OutputError)
+    copied = None if assets is None else path_of("assets", assets, OutputError)
     job = Job(
-        backend, device, overwrite, resume, assets,
-        limits or Limits(), timings or Timings(), progress, group or Alone(), check_source,
-        measure=measure,
+        backend, device, overwrite, resume, copied, limits or Limits(), timings or Timings(),
+        progress, group or Alone(), check_source, measure=measure,
     )  # fmt: skip
     return carry_out(plan, out, job)
 

@@ -26,8 +26,9 @@ from .state import zero_row
 from .targets.parts import TargetTensor
 from .targets.trtllm import TrtllmRules, refuse_special
 
-# The reference's activations that have a gate.
+# How the reference's scales are called.
 FACTOR, MULTIPLIER = ".weights_scaling_factor", "weight_multiplier"
+# Its activations that have a gate.
 GATED = ("swiglu", "geglu", "fast-swiglu", "fast-geglu")
 
 

@@ -78,8 +78,8 @@ def convert_state_dict(
     tensors |= {name: one.codes for name, one in found.items()}
     # What is quantised already goes other ways, by the names of its tensors.
     alike = Alike({} if found else tensors, spec)
-    others = tensors if found else alike.others
-    model = read_model(others, spec, StoredClaims if found else Claims, alike.first)
+    claims, others = (StoredClaims, tensors) if found else (Claims, alike.others)
+    model = read_model(others, spec, claims, alike.first)
     check_complete(model, spec)
     relaid: dict[tuple[int, str], torch.Tensor] = {}
     if found:
@@ -89,22 +89,23 @@ def convert_state_dict(
     targets, make = prepare(tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid)
     check_used(scales, targets)
     ready = copier(backend, next(iter(tensors.values())).device)
-    ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(recipe.world_size)]
-    for rank, name, tensor in _filled(targets, Repeats(make, alike), ready):
-        ranks[rank][name] = tensor
+    ranks = _filled(targets, Repeats(make, alike), ready, recipe.world_size)
     _finish(make.given, recipe)
     return ranks
 
 
 def _filled(
-    targets: Sequence[TargetTensor], repeats: Repeats, ready: Make
-) -> Iterator[tuple[int, str, torch.Tensor]]:
-    """Each tensor with its rank and name, its launch under way."""
+    targets: Sequence[TargetTensor], repeats: Repeats, ready: Make, count: int
+) -> list[dict[str, torch.Tensor]]:
+    """The tensors of `count` ranks by name, their launches under way."""
+    ranks: list[dict[str, torch.Tensor]] = [{} for _ in range(count)]
     for part in whole_layers(targets, PART):
         work = repeats.work(part)
         # A GPU fills this part while the next one is planned.
         ready(work.moves, work.repeats).run()
-        yield from work.filled
+        for rank, name, tensor in work.filled:
+            ranks[rank][name] = tensor
+    return ranks
 
 
 def plan_memory(

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors import safe_open
 
-from .arguments import check_given, check_kinds, result_path
+from .arguments import check_run, result_path
 from .checkpoint import (
     DTYPE_NAMES,
     file_digest,
@@ -89,8 +89,7 @@ def verify_checkpoint(
         VerificationError: names the first file or tensor that differs.
         FuseportError: the source cannot be read, or does not fit the manifest.
     """
-    check_kinds(progress=progress)
-    check_given(limits=limits)
+    check_run(progress, limits)
     out = result_path(out)
     manifest = read_manifest(out)
     tensors = _check_files(out, manifest, progress)
