@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fuseport_testing.small import FACTS, SHAPES
 from fuseport_testing.tiny import write_tiny
 
 from fuseport.converter import (
@@ -30,25 +31,7 @@ from fuseport.converter.refit import Refit
 from fuseport.converter.shards import Place
 from fuseport.kernels.quant import GivenScale
 
-SPEC = ModelSpec(
-    num_layers=1,
-    hidden_size=8,
-    num_attention_heads=2,
-    num_query_groups=1,
-    kv_channels=4,
-    ffn_hidden_size=16,
-)
-SHAPES = {
-    "embedding.word_embeddings.weight": (32, 8),
-    "decoder.layers.0.input_layernorm.weight": (8,),
-    "decoder.layers.0.self_attention.linear_qkv.weight": (16, 8),
-    "decoder.layers.0.self_attention.linear_proj.weight": (8, 8),
-    "decoder.layers.0.pre_mlp_layernorm.weight": (8,),
-    "decoder.layers.0.mlp.linear_fc1.weight": (32, 8),
-    "decoder.layers.0.mlp.linear_fc2.weight": (8, 16),
-    "decoder.final_layernorm.weight": (8,),
-    "output_layer.weight": (32, 8),
-}
+SPEC = ModelSpec(**FACTS)  # type: ignore[arg-type]
 STATE: dict[Any, Any] = {name: torch.ones(shape) for name, shape in SHAPES.items()}
 ONE = "decoder.layers.0.mlp.linear_fc2.weight"
 ON_META = GivenScale(torch.ones(1, device="meta"))
@@ -237,17 +220,7 @@ def test_given_scales_of_another_dtype_are_refused() -> None:
         convert_state_dict(STATE, SPEC, Recipe(), scales={FC: GivenScale(-1.0)})
 
 
-CONFIG = Namespace(
-    num_layers=1,
-    hidden_size=8,
-    num_attention_heads=2,
-    num_query_groups=1,
-    kv_channels=4,
-    ffn_hidden_size=16,
-    gated_linear_unit=True,
-    normalization="RMSNorm",
-    num_moe_experts=None,
-)
+CONFIG = Namespace(**FACTS, gated_linear_unit=True, normalization="RMSNorm", num_moe_experts=None)
 FACTOR = f"{FC}.weights_scaling_factor"
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from fuseport_testing.cases import CASES
 from fuseport_testing.megatron_models import Run
+from fuseport_testing.small import FACTS, SHAPES
 from fuseport_testing.sparse import write_sparse
 from fuseport_testing.tiny import write_tiny
 from hypothesis import given, settings
@@ -212,23 +213,6 @@ def test_clip_finds_just_the_elements_in_a_range(
         found = sorted(int(x) for part, _ in parts for x in part.flatten())
         assert found == [x for x in dst.flatten().tolist() if lo <= x < hi]
         assert all(torch.equal(*pair) for pair in parts)
-
-
-FACTS: dict[str, object] = {
-    "num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "num_query_groups": 1,
-    "kv_channels": 4, "ffn_hidden_size": 16,
-}  # fmt: skip
-SHAPES = {
-    "embedding.word_embeddings.weight": (32, 8),
-    "decoder.layers.0.input_layernorm.weight": (8,),
-    "decoder.layers.0.self_attention.linear_qkv.weight": (16, 8),
-    "decoder.layers.0.self_attention.linear_proj.weight": (8, 8),
-    "decoder.layers.0.pre_mlp_layernorm.weight": (8,),
-    "decoder.layers.0.mlp.linear_fc1.weight": (32, 8),
-    "decoder.layers.0.mlp.linear_fc2.weight": (8, 16),
-    "decoder.final_layernorm.weight": (8,),
-    "output_layer.weight": (32, 8),
-}
 
 
 @pytest.mark.parametrize("target", ["trtllm", "hf"])
