@@ -78,14 +78,13 @@ def convert_state_dict(
     tensors |= {name: one.codes for name, one in found.items()}
     # What is quantised already goes other ways, by the names of its tensors.
     alike = Alike({} if found else tensors, spec)
-    claims, others = (StoredClaims, tensors) if found else (Claims, alike.others)
-    model = read_model(others, spec, claims, alike.first)
-    check_complete(model, spec)
     relaid: dict[tuple[int, str], torch.Tensor] = {}
     if found:
         relaid, names = _relay(tensors, found, spec, recipe)
         tensors |= {name: dequantise(found[name]) for name in names}
-        model = read_model(tensors, spec, StoredClaims)
+    claims, others = (StoredClaims, tensors) if found else (Claims, alike.others)
+    model = read_model(others, spec, claims, alike.first)
+    check_complete(model, spec)
     targets, make = prepare(tensors, model, spec, recipe, scales, states=state_dict, relaid=relaid)
     check_used(scales, targets)
     ready = copier(backend, next(iter(tensors.values())).device)
