@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import json
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fuseport.converter import slices as slices_module
 from fuseport.converter import transfers
 from fuseport.converter.errors import CorruptSourceError
 from fuseport.converter.plan import Planned, storage_key
+from fuseport.converter.scales import table_of
 from fuseport.converter.shards import Local, Piece, Whole
 from fuseport.converter.slices import slices
 from fuseport.converter.sources import stored as stored_module
@@ -148,3 +150,22 @@ def test_nothing_is_laid_out_that_nobody_reads(
     source = write_tiny(tmp_path / "tiny")
     monkeypatch.setattr(rich.console.Console, "render", render)
     run("inspect", source, flag)
+
+
+def matches_tried(count: int, monkeypatch: pytest.MonkeyPatch) -> int:
+    names = [f"layers.{n}.fc" for n in range(count)]
+    table = table_of({"*.fc": {"weight": 1.0}, **{n: {"weight": 2.0} for n in names}}, "scales")
+    tried: list[str] = []
+
+    def match(name: str, pattern: str) -> bool:
+        tried.append(pattern)
+        return pattern == "*.fc"
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fnmatch, "fnmatchcase", match)
+        assert [table.find(name, "weight") for name in names] == [2.0] * count
+    return len(tried)
+
+
+def test_scales_by_name_are_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert (matches_tried(8, monkeypatch), matches_tried(32, monkeypatch)) == (8, 32)
