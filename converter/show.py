@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections import defaultdict
+import re
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Table
@@ -23,10 +25,15 @@ from .model import ModelSpec
 from .read_manifest import SETTINGS, read_manifest
 from .report import Report
 from .sources.source import Source
+from .sources.stored import Shape, Stored
 from .tables import names, titled
 from .timings import Timings
 from .trtllm_package import Loaded
 from .verify import Verification
+
+# A layer or an expert, also as Transformer Engine's grouped experts have it: `weight7`.
+_NUMBER = re.compile(r"(\.(?:weight|bias)?)\d+(?=\.|$)")
+_Row = tuple[str, Shape, torch.dtype]
 
 
 def plan_table(plan: CheckpointPlan) -> Group:
@@ -158,19 +165,30 @@ def ignored_keys(source: Source) -> Iterator[Table]:
         yield table
 
 
-def source_table(source: Source) -> Group:
-    """A source's tensors."""
+def source_table(source: Source, *, every: bool) -> Group:
+    """A source's tensors: a row for those of all layers and experts, or for every one."""
     title = f"{escape(str(source.origin))} ({source.kind}): {size(source.nbytes)}"
-    table = Table(names("tensor"), "shape", "dtype", "size")
-    for stored in sorted(source.stored.values(), key=lambda one: one.name):
-        shape = " × ".join(map(str, stored.shape))
-        dtype = str(stored.dtype).removeprefix("torch.")
-        table.add_row(escape(stored.name), shape, dtype, size(stored.nbytes))
-    reasons: dict[str, int] = defaultdict(int)
-    for reason in source.ignored.values():
-        reasons[reason] += 1
+    table = Table(names("tensor"), "shape", "dtype", "tensors", "size")
+    for (name, shape, dtype), same in _rows(source, every).items():
+        table.add_row(
+            escape(name if len(same) > 1 else same[0].name),
+            " × ".join(map(str, shape)),
+            str(dtype).removeprefix("torch."),
+            str(len(same)),
+            size(sum(one.nbytes for one in same)),
+        )
+    reasons = Counter(source.ignored.values())
     table.caption = "; ".join(f"{count} keys ignored: {why}" for why, count in reasons.items())
     return titled(title, table)
+
+
+def _rows(source: Source, every: bool) -> dict[_Row, list[Stored]]:
+    """Tensors by name, shape and dtype; `*` stands for the numbers of layers and experts."""
+    rows: dict[_Row, list[Stored]] = defaultdict(list)
+    for one in sorted(source.stored.values(), key=lambda one: one.name):
+        name = one.name if every else _NUMBER.sub(r"\1*", one.name)
+        rows[name, one.shape, one.dtype].append(one)
+    return rows
 
 
 def result_tables(path: Path) -> Iterator[RenderableType]:

@@ -34,6 +34,6 @@ def inspect(
             return
         source = open_source(path, family=table)
         model = show.spec_of(source, facts)
-        printer.say(show.facts_table(model), show.source_table(source))
+        printer.say(show.facts_table(model), show.source_table(source, every=verbose))
         printer.detail(*show.ignored_keys(source))
         printer.answer(answers.source(source, model))

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fuseport_testing.command import Run
 from fuseport_testing.tiny import write_tiny
 from rich.console import Console
@@ -25,6 +26,8 @@ from fuseport.converter.commands.output import output
 from fuseport.converter.errors import OutputError
 from fuseport.converter.group import Alone
 from fuseport.converter.recipe import Recipe
+from fuseport.converter.sources.source import make_source
+from fuseport.converter.sources.stored import Stored
 from fuseport.converter.tables import names, titled
 
 DOCS = Path(__file__).parents[2] / "docs" / "command-line.md"
@@ -191,6 +194,39 @@ def test_tables_cut_no_name_and_no_title() -> None:
     assert title == "a title of more columns"
     cells = [row.split("│")[1].strip() for row in rows if row.startswith("│")]
     assert "".join(cells) == "layers.linear_qkv.weightlayers.linear_qkv.layer_norm_weight"
+
+
+SHAPES = {
+    "decoder.layers.0.mlp.linear_fc1.weight": (4, 2),
+    "decoder.layers.10.mlp.linear_fc1.weight": (4, 2),
+    "decoder.layers.2.mlp.linear_fc1.weight": (6, 2),
+    "decoder.layers.1.mlp.experts.linear_fc1.weight0": (4, 2),
+    "decoder.layers.1.mlp.experts.linear_fc1.weight1": (4, 2),
+    "output_layer.weight": (4, 2),
+}
+
+
+def shown(every: bool) -> list[list[str]]:
+    """The rows of a source of `SHAPES`: names, shapes, tensors, and sizes."""
+    stored = {name: Stored(name, shape, torch.bfloat16, ()) for name, shape in SHAPES.items()}
+    source = make_source(Path("x"), "mp_rank", stored, {}, {})
+    printed = io.StringIO()
+    Console(file=printed, width=120).print(show.source_table(source, every=every))
+    rows = [line.split("│")[1:-1] for line in printed.getvalue().splitlines() if line[0] == "│"]
+    return [[cell.strip() for cell in row] for row in rows]
+
+
+def test_layers_and_experts_share_a_row() -> None:
+    assert shown(every=False) == [
+        ["decoder.layers.*.mlp.linear_fc1.weight", "4 × 2", "bfloat16", "2", "32 B"],
+        ["decoder.layers.*.mlp.experts.linear_fc1.weight*", "4 × 2", "bfloat16", "2", "32 B"],
+        ["decoder.layers.2.mlp.linear_fc1.weight", "6 × 2", "bfloat16", "1", "24 B"],
+        ["output_layer.weight", "4 × 2", "bfloat16", "1", "16 B"],
+    ]
+
+
+def test_verbose_shows_every_tensor() -> None:
+    assert [row[0] for row in shown(every=True)] == sorted(SHAPES)
 
 
 def test_a_failure_is_not_a_hundred_percent() -> None:
