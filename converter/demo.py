@@ -17,7 +17,7 @@ ARGS = {
     "ffn_hidden_size": 768,
     "num_attention_heads": 8,
     "group_query_attention": True,
-    "num_query_groups": 2,
+    "num_query_groups": 4,
     "kv_channels": 32,
     "normalization": "RMSNorm",
     "norm_epsilon": 1e-5,
@@ -53,7 +53,7 @@ def _weights() -> dict[str, torch.Tensor]:
     """The stacked layout: a leading axis counts the layers."""
     generator = torch.Generator().manual_seed(1)
     layers, hidden, ffn = 4, 256, 768
-    rows = (8 + 2 * 2) * 32
+    rows = (8 + 2 * 4) * 32
     shapes = {
         "embedding.word_embeddings.weight": (1024, hidden),
         "decoder.layers.self_attention.linear_qkv.layer_norm_weight": (layers, hidden),

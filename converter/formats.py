@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from enum import Enum
 
 import torch
 
@@ -21,7 +20,7 @@ from fuseport.kernels.quant import BlockScale, MxScale, NvScale, RowScale, Schem
 from .errors import RecipeError
 from .layout import Shape
 from .recipe import Recipe
-from .targets.profiles import written
+from .targets.profiles import INPUT_SCALE, written
 
 
 @dataclass(frozen=True)
@@ -48,20 +47,15 @@ class ScaleTensor:
     dtype: torch.dtype = torch.float32
 
 
-class Static(Enum):
-    """Whether a target's loaders want static scales of activations."""
-
-    OPTIONAL = "without them activations are scaled as they come"
-    EXPECTED = "some loaders cannot do without"
-    NEEDED = "none can do without"
-
-
 @dataclass(frozen=True)
 class Format:
     """One scheme as a target stores it: `elements_per_code` of a weight in one of its `codes`.
 
     `input` is the static scale of the activations, one for all experts, where there is a place for
-    it. A weight's own scale may be given, instead of computed, if `takes_weight_scale`.
+    it; `needs_input` if the target's loaders cannot do without, and otherwise `note` is what a user
+    should know where there is none. A weight's own scale may be given, instead of computed, if
+    `takes_weight_scale`. `rows_per_scale` of a weight share one, where engines fuse them by whole
+    scales.
     """
 
     scale: ScaleTensor
@@ -70,8 +64,10 @@ class Format:
     elements_per_code: int = 1
     second: ScaleTensor | None = None
     input: ScaleTensor | None = None
-    static: Static = Static.OPTIONAL
+    needs_input: bool = False
+    note: str | None = None
     takes_weight_scale: bool = False
+    rows_per_scale: int = 1
 
 
 def _tensor(at: Place) -> Scheme:
@@ -117,18 +113,20 @@ FORMATS: dict[tuple[str, str], Format] = {
         ScaleTensor("weights_scaling_factor", _vector),
         _tensor,
         input=ScaleTensor("activation_scaling_factor", _vector),
-        static=Static.NEEDED,
+        needs_input=True,
         takes_weight_scale=True,
     ),
     ("trtllm", "fp8-row"): Format(ScaleTensor("per_channel_scale", lambda rows, _: (rows,)), _row),
     ("hf", "fp8"): Format(
         ScaleTensor("weight_scale", _one),
         _tensor,
-        input=ScaleTensor("input_scale", _one),
+        input=ScaleTensor(INPUT_SCALE, _one),
         takes_weight_scale=True,
     ),
     ("hf", "fp8-row"): Format(ScaleTensor("weight_scale", lambda rows, _: (rows, 1)), _row),
-    ("hf", "fp8-block"): Format(ScaleTensor("weight_scale_inv", _blocks), _block),
+    ("hf", "fp8-block"): Format(
+        ScaleTensor("weight_scale_inv", _blocks), _block, rows_per_scale=128
+    ),
     ("hf", "mxfp8"): Format(ScaleTensor("weight_scale", _pieces(32), torch.uint8), _mx),
     ("hf", "nvfp4"): Format(
         ScaleTensor("weight_scale", _pieces(16), torch.float8_e4m3fn),
@@ -136,8 +134,7 @@ FORMATS: dict[tuple[str, str], Format] = {
         codes=torch.uint8,
         elements_per_code=2,
         second=ScaleTensor("weight_scale_2", _one),
-        input=ScaleTensor("input_scale", _one),
-        static=Static.EXPECTED,
+        input=ScaleTensor(INPUT_SCALE, _one),
     ),
 }
 
@@ -161,4 +158,4 @@ def format_of(recipe: Recipe) -> Format | None:
         return found
     row = written(recipe)
     scale = replace(found.scale, suffix=row.suffix, shape=row.shape)
-    return replace(found, scale=scale)
+    return replace(found, scale=scale, note=row.note)

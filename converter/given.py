@@ -7,7 +7,7 @@ value exceeds the format. A kind of scale is there for all modules that need it,
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,8 +17,8 @@ from fuseport.kernels.quant import GivenScale
 
 from .choices import FROM_SOURCE
 from .errors import RecipeError, ScaleError
-from .formats import Format, Static
-from .layout import Flat
+from .formats import Format
+from .layout import Flat, shape_of
 from .plan import storage_key
 from .recipe import Recipe
 from .scales import ScaleTable, table_of
@@ -111,7 +111,7 @@ class GroupScales:
 
 
 def group_scales(
-    targets: Iterable[TargetTensor], chosen: Format, given: Given
+    targets: Sequence[TargetTensor], chosen: Format, given: Given
 ) -> dict[str, GroupScales]:
     """Group → its scales, of the linears that are to be quantised.
 
@@ -124,12 +124,25 @@ def group_scales(
         groups.setdefault(target.group, set()).add(target.module)
     weights = _weights(groups, given) if chosen.takes_weight_scale else {}
     inputs = _inputs(groups, chosen, given) if chosen.input else {}
-    if chosen.static is Static.EXPECTED and not inputs:
-        given.notes.append(
-            "no static scales of activations were given (--scales): the engine must be able to "
-            "scale activations as they come"
-        )
+    if chosen.note and not inputs:
+        given.notes.append(chosen.note)
+    if chosen.rows_per_scale > 1:
+        fused = [target for target in targets if len(groups[target.group]) > 1]
+        given.notes.extend(_straddling(fused, chosen.rows_per_scale))
     return {group: GroupScales(weights.get(group), inputs.get(group)) for group in groups}
+
+
+def _straddling(fused: Iterable[TargetTensor], rows_per_scale: int) -> Iterator[str]:
+    """What to know of weights that engines fuse, if one's last rows share a scale with none."""
+    shapes = ((target.module, shape_of(target.layout)[-2]) for target in fused)
+    odd = next((found for found in shapes if found[1] % rows_per_scale), None)
+    if odd is not None:
+        module, rows = odd
+        yield (
+            f"{module} has {rows} rows, which is no multiple of {rows_per_scale}: engines that "
+            f"fuse it with others do not load its scales; keep such modules as they are with "
+            f"--exclude, or choose another scheme"
+        )
 
 
 def cache_scales(targets: Iterable[TargetTensor], given: Given) -> dict[str, float]:
@@ -175,7 +188,7 @@ def _weights(groups: Mapping[str, set[str]], given: Given) -> dict[str, float]:
 
 def _inputs(groups: Mapping[str, set[str]], chosen: Format, given: Given) -> dict[str, float]:
     modules = sorted(set().union(*groups.values()))
-    scales = _all_or_none("input", modules, given, chosen.static is Static.NEEDED)
+    scales = _all_or_none("input", modules, given, chosen.needs_input)
     return {group: max(scales[one] for one in groups[group]) for group in groups if scales}
 
 

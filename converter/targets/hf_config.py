@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from ..errors import UnsupportedOptionError
 from ..hf_family import Family
 from ..model import ModelSpec
 from ..recipe import Recipe
 from ..sources.hf_config import LLAMA3, facts_of
-from .quant_config import hf_quantization
 
 # transformers' names of activation functions. Megatron's gelu is the exact one.
 ACTIVATIONS = {"squared_relu": "relu2", "gelu": "gelu"}
@@ -40,7 +39,7 @@ def hf_config(
     vocab_size: int,
     family: Family,
     own: Mapping[str, object] | None = None,
-    unquantised: Sequence[str] = (),
+    quantization: Mapping[str, object] | None = None,
 ) -> dict[str, object]:
     """The contents of config.json.
 
@@ -48,7 +47,7 @@ def hf_config(
         spec, recipe, family: as for the rules.
         vocab_size: rows of the embedding as written.
         own: the source's config.json, if it has one: it is kept, but for dtype and vocabulary.
-        unquantised: linears that stay as they are where the recipe quantises.
+        quantization: its `quantization_config`, if it is to have one.
 
     Raises:
         UnsupportedOptionError: the family cannot say one of the facts, or `own` says another.
@@ -63,7 +62,7 @@ def hf_config(
     config["vocab_size"] = vocab_size
     # From 5 on transformers calls it dtype; engines know the old name.
     config |= {"dtype": recipe.dtype, "torch_dtype": recipe.dtype}
-    if quantization := hf_quantization(recipe, unquantised):
+    if quantization:
         config["quantization_config"] = quantization
     if family.drops_extra_layers:
         config[family.drops_extra_layers] = spec.further_layers

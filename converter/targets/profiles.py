@@ -1,30 +1,43 @@
 """Who reads the Hugging Face layout, and how each is told of quantised weights: a row a scheme.
 
-Engines read the same codes and differ in where they look: ModelOpt's `hf_quant_config.json`
-("modelopt"), or `quantization_config` in config.json, in transformers' fp8 format ("fp8") or as
-compressed-tensors writes it. The scales' names and shapes go with that.
+Engines read the same codes and differ in what they are told: ModelOpt's words ("modelopt"), those
+of transformers' fp8 format ("fp8"), or compressed-tensors'. The scales' names and shapes go with
+that.
 
 Sources: TensorRT-LLM's PyTorch backend reads scales of rows as [out] under ModelOpt's
-`FP8_PER_CHANNEL_PER_TOKEN`; vLLM and SGLang as [out, 1] under compressed-tensors' "channel".
+`FP8_PER_CHANNEL_PER_TOKEN`; vLLM and SGLang as [out, 1] under compressed-tensors' "channel". Under
+ModelOpt's `FP8` and `NVFP4` these two take static scales of activations for granted, and compute
+with what lay in memory where there are none (`ModelOptLinearMethod` of vLLM 0.33,
+`ModelOptFp8LinearMethod` of SGLang 0.5.23); TensorRT-LLM scales activations as they come then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import RecipeError
 from ..layout import Shape
 from ..recipe import Recipe
 
+# The static scale of a linear's activations, where it has one.
+INPUT_SCALE = "input_scale"
+
 
 @dataclass(frozen=True)
 class Written:
-    """A scheme as a profile's engines read it: `{module}.{suffix}` of `shape(rows, columns)`."""
+    """A scheme as a profile's engines read it: `{module}.{suffix}` of `shape(rows, columns)`.
+
+    `algorithm` is ModelOpt's name of it, where its words say it. `dynamic` is what is said instead
+    where the result has no static scales of activations, and `note` what a user should know then.
+    """
 
     said: str
     suffix: str
     shape: Callable[[int, int], Shape]
+    algorithm: str | None = None
+    dynamic: Written | None = None
+    note: str | None = None
 
 
 def _scalar(rows: int, columns: int) -> Shape:
@@ -51,19 +64,38 @@ def _pieces(size: int) -> Callable[[int, int], Shape]:
     return lambda rows, columns: (rows, columns // size)
 
 
-_FP8 = Written("modelopt", "weight_scale", _scalar)
+_FP8 = Written("modelopt", "weight_scale", _scalar, "FP8")
 _BLOCK = Written("fp8", "weight_scale_inv", _blocks)
-_MX = Written("modelopt", "weight_scale", _pieces(32))
-_NV = Written("modelopt", "weight_scale", _pieces(16))
+_MX = Written("modelopt", "weight_scale", _pieces(32), "MXFP8")
+_NV = Written("modelopt", "weight_scale", _pieces(16), "NVFP4")
 _CHANNEL = Written("compressed-tensors", "weight_scale", _column)
-_TOKEN = Written("modelopt", "weight_scale", _rows)
+_TOKEN = Written("modelopt", "weight_scale", _rows, "FP8_PER_CHANNEL_PER_TOKEN")
 
-_USUAL = {"fp8": _FP8, "fp8-row": _CHANNEL, "fp8-block": _BLOCK, "mxfp8": _MX, "nvfp4": _NV}
+_NO_STATIC = "no static scales of activations were given (--scales): "
+_USUAL = {
+    "fp8": replace(_FP8, dynamic=Written("fp8", "weight_scale", _scalar)),
+    "fp8-row": _CHANNEL,
+    "fp8-block": _BLOCK,
+    "mxfp8": _MX,
+    "nvfp4": replace(
+        _NV,
+        dynamic=replace(_NV, algorithm="W4A16_NVFP4"),
+        note=_NO_STATIC + "the result says W4A16_NVFP4, and activations stay in 16 bits",
+    ),
+}
 
 PROFILES: dict[str, dict[str, Written]] = {
     "vllm": _USUAL,
     "sglang": _USUAL,
-    "trtllm": {**_USUAL, "fp8-row": _TOKEN},
+    "trtllm": {
+        "fp8": _FP8,
+        "fp8-row": _TOKEN,
+        "fp8-block": _BLOCK,
+        "mxfp8": _MX,
+        "nvfp4": replace(
+            _NV, note=_NO_STATIC + "TensorRT-LLM must be able to scale activations as they come"
+        ),
+    },
     "compressed-tensors": {
         "fp8": Written("compressed-tensors", "weight_scale", _one),
         "fp8-row": _CHANNEL,
@@ -72,8 +104,8 @@ PROFILES: dict[str, dict[str, Written]] = {
 }
 
 
-def written(recipe: Recipe) -> Written:
-    """How the recipe's profile reads its scheme.
+def written(recipe: Recipe, static: bool = True) -> Written:
+    """How the recipe's profile reads its scheme, with `static` scales of activations or without.
 
     Raises:
         RecipeError: it does not.
@@ -84,4 +116,5 @@ def written(recipe: Recipe) -> Written:
             f"profile {recipe.profile!r} reads no weights quantised as {recipe.quant!r}; choose "
             f"one of: none, {', '.join(rows)}, or another profile"
         )
-    return rows[recipe.quant]
+    row = rows[recipe.quant]
+    return row if static or row.dynamic is None else row.dynamic

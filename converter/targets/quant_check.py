@@ -17,16 +17,19 @@ Rows = Callable[[int, int], Mapping[str, Shape]]
 # The last parts of modules that are matrices and never quantised: embeddings and routers.
 NEVER = ("embed_tokens", "gate", "vocab_embedding", "lm_head")
 
+
+def _nvfp4(o: int, i: int) -> Mapping[str, Shape]:
+    return {"weight": (o, i // 2), "weight_scale": (o, i // 16), "weight_scale_2": ()}
+
+
 HF: dict[str, Rows] = {
     "FP8": lambda o, i: {"weight": (o, i), "weight_scale": ()},
     "MXFP8": lambda o, i: {"weight": (o, i), "weight_scale": (o, i // 32)},
-    "NVFP4": lambda o, i: {
-        "weight": (o, i // 2),
-        "weight_scale": (o, i // 16),
-        "weight_scale_2": (),
-    },
+    "NVFP4": _nvfp4,
+    "W4A16_NVFP4": _nvfp4,
     "FP8_PER_CHANNEL_PER_TOKEN": lambda o, i: {"weight": (o, i), "weight_scale": (o,)},
     "fp8": lambda o, i: {"weight": (o, i), "weight_scale_inv": (-(-o // 128), -(-i // 128))},
+    "fp8, whole": lambda o, i: {"weight": (o, i), "weight_scale": ()},
 }
 # compressed-tensors, by the strategy for weights.
 COMPRESSED: dict[str, Rows] = {
@@ -67,6 +70,8 @@ def hf_shapes(shapes: Shapes, config: Mapping[str, Any], modelopt: Mapping[str, 
     own = config.get("quantization_config") or {}
     stated = modelopt.get("quantization") or {}
     algorithm = stated.get("quant_algo") or own.get("quant_method")
+    if algorithm == "fp8" and "weight_block_size" not in own:
+        algorithm = "fp8, whole"
     kept = [
         *stated.get("exclude_modules", ()),
         *own.get("modules_to_not_convert", ()),

@@ -2,7 +2,8 @@
 
 Sources: TensorRT-LLM 1.2's `QuantConfig` for the unified checkpoint; transformers' fp8 format
 (`quant_method: fp8`), which vLLM, SGLang and TensorRT-LLM read too; compressed-tensors'
-`float-quantized` for scales of rows; ModelOpt's `hf_quant_config.json`.
+`float-quantized` for scales of rows; ModelOpt's words, which its releases since 0.31 write into
+config.json and, in an older form, into `hf_quant_config.json`.
 """
 
 from __future__ import annotations
@@ -11,17 +12,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from ..recipe import Recipe
-from .profiles import written
+from .profiles import Written, written
 
+CONFIG = "config.json"
 HF_QUANT_CONFIG = "hf_quant_config.json"
-# Recipe.quant → TensorRT-LLM's and ModelOpt's name.
-ALGORITHMS = {
-    "fp8": "FP8",
-    "fp8-row": "FP8_PER_CHANNEL_PER_TOKEN",
-    "fp8-block": "FP8_BLOCK_SCALES",
-    "mxfp8": "MXFP8",
-    "nvfp4": "NVFP4",
-}
+# Recipe.quant → TensorRT-LLM's name, for the schemes that a unified checkpoint has.
+ALGORITHMS = {"fp8": "FP8", "fp8-row": "FP8_PER_CHANNEL_PER_TOKEN"}
 
 
 def trtllm_quantization(recipe: Recipe, unquantised: Sequence[str] = ()) -> dict[str, object]:
@@ -48,13 +44,28 @@ def _cache_algorithm(recipe: Recipe) -> str | None:
 UNIFIED_EXCLUDES = ("*.router", "transformer.vocab_embedding", "transformer.position_embedding")
 
 
-def hf_quantization(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, Any]:
-    """`quantization_config` of config.json; empty if ModelOpt's file says it, or nothing is."""
-    cache = {"kv_cache_scheme": _STATIC_FP8} if recipe.kv_cache == "fp8" else {}
+def hf_quantization(
+    recipe: Recipe, unquantised: Sequence[str], static: bool
+) -> dict[str, dict[str, Any]]:
+    """How engines of the Hugging Face layout are told: "config.json" → its `quantization_config`.
+
+    With ModelOpt's words also `hf_quant_config.json`, in its older form, which TensorRT-LLM reads
+    first. Empty if nothing is quantised.
+
+    Args:
+        unquantised: linears that stay as they are.
+        static: whether there are static scales of activations.
+    """
     if recipe.quant == "none":
-        return {}
-    said = SAID.get(written(recipe).said)
-    return {} if said is None else cache | said(recipe, unquantised)
+        return (
+            {} if recipe.kv_cache == "none" else {HF_QUANT_CONFIG: _modelopt_file(recipe, None, [])}
+        )
+    row = written(recipe, static)
+    cache = {"kv_cache_scheme": _STATIC_FP8} if recipe.kv_cache == "fp8" else {}
+    said = {CONFIG: cache | SAID[row.said](recipe, row, unquantised)}
+    if row.algorithm is None:
+        return said
+    return said | {HF_QUANT_CONFIG: _modelopt_file(recipe, row.algorithm, unquantised)}
 
 
 # compressed-tensors' description of keys and values in e4m3 with scales that are in the file.
@@ -63,12 +74,13 @@ _STATIC_FP8 = {
 }  # fmt: skip
 
 
-def _fp8(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, Any]:
+def _fp8(recipe: Recipe, row: Written, unquantised: Sequence[str]) -> dict[str, Any]:
+    blocks = {"weight_block_size": [128, 128]} if recipe.quant == "fp8-block" else {}
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
-        "weight_block_size": [128, 128],
+        **blocks,
         "modules_to_not_convert": list(unquantised),
     }
 
@@ -84,7 +96,7 @@ STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-def _compressed_tensors(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, Any]:
+def _compressed_tensors(recipe: Recipe, row: Written, unquantised: Sequence[str]) -> dict[str, Any]:
     common = {"num_bits": 8, "type": "float", "symmetric": True}
     weights, activations = STRATEGIES[recipe.quant]
     return {
@@ -102,20 +114,33 @@ def _compressed_tensors(recipe: Recipe, unquantised: Sequence[str]) -> dict[str,
     }
 
 
-SAID = {"fp8": _fp8, "compressed-tensors": _compressed_tensors}
+# Engines go by the producer's name.
+_PRODUCER = {"producer": {"name": "modelopt"}}
+_GROUPS = {"nvfp4": {"group_size": 16}}
 
 
-def modelopt_file(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`hf_quant_config.json`, by its name, where the profile's engines look into it."""
-    only_cache = recipe.quant == "none" and recipe.kv_cache != "none"
-    if not only_cache and (recipe.quant == "none" or written(recipe).said != "modelopt"):
-        return {}
-    quantization: dict[str, Any] = {
-        "quant_algo": ALGORITHMS.get(recipe.quant),
-        "kv_cache_quant_algo": _cache_algorithm(recipe),
-        "exclude_modules": [] if only_cache else list(unquantised),
+def _modelopt(recipe: Recipe, row: Written, unquantised: Sequence[str]) -> dict[str, Any]:
+    """The newer form. vLLM 0.33 takes MXFP8 in this one alone."""
+    return {
+        **_PRODUCER,
+        "quant_method": "modelopt",
+        "quant_algo": row.algorithm,
+        **_GROUPS.get(recipe.quant, {}),
+        "ignore": list(unquantised),
     }
-    if recipe.quant == "nvfp4":
-        quantization["group_size"] = 16
-    # Engines go by the producer's name.
-    return {HF_QUANT_CONFIG: {"producer": {"name": "modelopt"}, "quantization": quantization}}
+
+
+def _modelopt_file(
+    recipe: Recipe, algorithm: str | None, unquantised: Sequence[str]
+) -> dict[str, Any]:
+    """The older form."""
+    quantization = {
+        "quant_algo": algorithm,
+        "kv_cache_quant_algo": _cache_algorithm(recipe),
+        "exclude_modules": list(unquantised),
+        **_GROUPS.get(recipe.quant, {}),
+    }
+    return {**_PRODUCER, "quantization": quantization}
+
+
+SAID = {"fp8": _fp8, "compressed-tensors": _compressed_tensors, "modelopt": _modelopt}

@@ -20,13 +20,13 @@ from . import hf_check, trtllm_check
 from .hf import HfRules, check_hf
 from .hf_config import hf_config
 from .parts import TargetTensor
+from .profiles import INPUT_SCALE
 from .quant_check import unified_shapes
-from .quant_config import HF_QUANT_CONFIG, modelopt_file
+from .quant_config import CONFIG, HF_QUANT_CONFIG, hf_quantization
 from .target import Origin, Shapes, Target, Task
 from .trtllm import TrtllmRules, refuse_special
 from .trtllm_config import config
 
-CONFIG = "config.json"
 INDEX = "model.safetensors.index.json"
 GENERATION = "generation_config.json"
 
@@ -122,15 +122,21 @@ def _hf_settings(
     unquantised: Sequence[str],
 ) -> Settings:
     family = _family(spec, recipe, origin)
+    said = hf_quantization(recipe, unquantised, _has_input_scales(tensors))
     files: Settings = {
-        CONFIG: hf_config(spec, recipe, vocab_size, family, origin.config, unquantised),
+        CONFIG: hf_config(spec, recipe, vocab_size, family, origin.config, said.pop(CONFIG, None)),
         INDEX: {
             "metadata": {"total_size": sum(sum(one.values()) for one in tensors.values())},
             "weight_map": {name: file for file, one in tensors.items() for name in sorted(one)},
         },
     }
-    files |= modelopt_file(recipe, unquantised)
+    files |= said
     return files if origin.generation is None else {**files, GENERATION: origin.generation}
+
+
+def _has_input_scales(tensors: Sizes) -> bool:
+    names = (name for one in tensors.values() for name in one)
+    return any(name.rpartition(".")[2] == INPUT_SCALE for name in names)
 
 
 def _hf_expected(settings: Mapping[str, Any], out: Path, count: int) -> dict[str, Shapes]:

@@ -108,13 +108,15 @@ def test_experts_that_no_loader_reads_quantised_are_refused(quant: str, saved: S
 
 
 PROFILES = {
-    ("trtllm", "fp8-row"): ("hf_quant_config.json", "weight_scale", 1),
-    ("sglang", "fp8-row"): ("config.json", "weight_scale", 2),
-    ("compressed-tensors", "fp8"): ("config.json", "weight_scale", 1),
-    ("compressed-tensors", "fp8-row"): ("config.json", "weight_scale", 2),
-    ("compressed-tensors", "fp8-block"): ("config.json", "weight_scale", 2),
-    ("trtllm", "fp8-block"): ("config.json", "weight_scale_inv", 2),
-    ("trtllm", "mxfp8"): ("hf_quant_config.json", "weight_scale", 2),
+    ("vllm", "fp8"): ("fp8", "weight_scale", 0),
+    ("trtllm", "fp8"): ("modelopt", "weight_scale", 0),
+    ("trtllm", "fp8-row"): ("modelopt", "weight_scale", 1),
+    ("sglang", "fp8-row"): ("compressed-tensors", "weight_scale", 2),
+    ("compressed-tensors", "fp8"): ("compressed-tensors", "weight_scale", 1),
+    ("compressed-tensors", "fp8-row"): ("compressed-tensors", "weight_scale", 2),
+    ("compressed-tensors", "fp8-block"): ("compressed-tensors", "weight_scale", 2),
+    ("trtllm", "fp8-block"): ("fp8", "weight_scale_inv", 2),
+    ("trtllm", "mxfp8"): ("modelopt", "weight_scale", 2),
 }
 
 
@@ -125,9 +127,9 @@ def test_profiles(profile: str, quant: str, saved: Saved, tmp_path: Path) -> Non
     convert_checkpoint(source, out, Recipe(target="hf", quant=quant, profile=profile))
     verify_checkpoint(out, source)
     said, suffix, axes = PROFILES[profile, quant]
-    assert (out / "hf_quant_config.json").exists() is (said == "hf_quant_config.json")
+    assert (out / "hf_quant_config.json").exists() is (said == "modelopt")
     config = json.loads((out / "config.json").read_text())
-    assert ("quantization_config" in config) is (said == "config.json")
+    assert config["quantization_config"]["quant_method"] == said
     scale = stored_tensors(out)[f"model.layers.0.self_attn.q_proj.{suffix}"]
     assert scale.ndim == axes
     assert error(logits(load(write_plain(out, tmp_path / "plain"))), logits(model)) < ROUTED_BOUND

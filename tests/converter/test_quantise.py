@@ -191,7 +191,7 @@ def test_nvfp4_is_stored_as_its_loaders_read_it(
         # The block with the largest weight of the group has the largest e4m3 scale.
         assert max(float(tensors[f"{one}.weight_scale"].float().max()) for one in fused) == 448.0
     stated = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
-    assert (stated["quant_algo"], stated["group_size"]) == ("NVFP4", 16)
+    assert (stated["quant_algo"], stated["group_size"]) == ("W4A16_NVFP4", 16)
 
 
 @pytest.mark.parametrize("quant", HF)

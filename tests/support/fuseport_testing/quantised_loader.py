@@ -52,19 +52,30 @@ def dequantised(directory: Path) -> State:
 
 def how(directory: Path) -> tuple[str, Decode]:
     """The ending of a scale's name, and what codes and scales mean."""
-    modelopt = directory / "hf_quant_config.json"
-    if modelopt.is_file():
-        said = json.loads(modelopt.read_text())
-        assert said["producer"]["name"] == "modelopt"
-        return ".weight_scale", MODELOPT[said["quantization"]["quant_algo"]]
     said = json.loads((directory / "config.json").read_text())["quantization_config"]
+    if said["quant_method"] == "modelopt":
+        check_same(said, json.loads((directory / "hf_quant_config.json").read_text()))
+        return ".weight_scale", MODELOPT[said["quant_algo"]]
     if said["quant_method"] == "fp8":
+        assert said["activation_scheme"] == "dynamic"
+        if "weight_block_size" not in said:
+            return ".weight_scale", _scalar
         assert said["weight_block_size"] == [128, 128]
         return ".weight_scale_inv", _blocks
     assert (said["quant_method"], said["format"]) == ("compressed-tensors", "float-quantized")
     (group,) = said["config_groups"].values()
     assert (group["weights"]["num_bits"], group["weights"]["type"]) == (8, "float")
     return ".weight_scale", STRATEGIES[group["weights"]["strategy"]]
+
+
+def check_same(newer: dict[str, Any], older: dict[str, Any]) -> None:
+    """ModelOpt's two forms say the same: engines differ in which they read."""
+    inner = older["quantization"]
+    assert newer["producer"] == older["producer"] == {"name": "modelopt"}
+    assert newer["ignore"] == inner["exclude_modules"]
+    assert ("kv_cache_scheme" in newer) is (inner["kv_cache_quant_algo"] == "FP8")
+    for name in ("quant_algo", "group_size"):
+        assert newer.get(name) == inner.get(name), name
 
 
 def _scalar(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
@@ -115,6 +126,7 @@ MODELOPT: dict[str, Decode] = {
     "FP8_PER_CHANNEL_PER_TOKEN": _tokens,
     "MXFP8": _mx,
     "NVFP4": _nv,
+    "W4A16_NVFP4": _nv,
 }
 STRATEGIES: dict[str, Decode] = {"tensor": _one, "channel": _channels, "block": _blocks}
 
