@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -66,6 +67,26 @@ def test_every_layout_gives_megatrons_logits(
     source = convert(run, layout, tmp_path / "out", Recipe(tp_size=2))
     assert error(run, run.logits, tmp_path / "out") < 1e-5
     verify_checkpoint(tmp_path / "out", source)
+
+
+@pytest.mark.parametrize(
+    ("name", "model_type", "architecture", "qwen_type"),
+    [
+        ("llama", "mistral", "MistralForCausalLM", None),
+        ("qwen3_moe", None, "QWenForCausalLM", "qwen3_moe"),
+    ],
+)
+def test_families_that_are_like_others(
+    name: str, model_type: str | None, architecture: str, qwen_type: str | None,
+    megatron_run: Runs, tmp_path: Path,
+) -> None:  # fmt: skip
+    run, out = megatron_run(name), tmp_path / "out"
+    source = run.checkpoint("stacked")
+    convert_checkpoint(source, out, Recipe(tp_size=2), {"model_type": model_type})
+    config = json.loads((out / "config.json").read_text())
+    assert (config["architecture"], config.get("qwen_type")) == (architecture, qwen_type)
+    assert error(run, run.logits, out) < 1e-5
+    verify_checkpoint(out, source)
 
 
 @pytest.mark.parametrize(("tp", "pp"), [(1, 1), (4, 1), (1, 2), (2, 2), (4, 2)])

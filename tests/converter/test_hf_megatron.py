@@ -33,6 +33,7 @@ LAID_OUT = (
     "deepseek_whole_q",
 )  # fmt: skip
 LAYOUTS = [(name, layout) for name in LAID_OUT for layout in BY_NAME[name].layouts]
+LAYOUTS.append(("qwen3_moe", "stacked"))
 
 
 def error(out: Path, run: Run) -> float:

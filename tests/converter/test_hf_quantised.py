@@ -229,9 +229,20 @@ def test_other_schemes_are_made_of_what_the_codes_say(
     assert "quantization_config" not in json.loads((plain / "config.json").read_text())
 
 
-@pytest.mark.parametrize("tp", [1, 2])
-def test_a_quantised_source_in_the_unified_layout(tp: int, saved: Saved, tmp_path: Path) -> None:
-    source = quantised_source(saved, tmp_path, "qwen3_moe", "fp8-block", "vllm")
+@pytest.mark.parametrize(
+    ("tp", "name", "quant"),
+    [
+        (1, "qwen3_moe", "fp8-block"),
+        (2, "qwen3_moe", "fp8-block"),
+        (2, "llama", "fp8"),
+        (1, "llama", "fp8-row"),
+        (2, "mixtral", "mxfp8"),
+    ],
+)
+def test_a_quantised_source_in_the_unified_layout(
+    tp: int, name: str, quant: str, saved: Saved, tmp_path: Path
+) -> None:
+    source = quantised_source(saved, tmp_path, name, quant, "vllm")
     convert_checkpoint(source, tmp_path / "out", Recipe(tp_size=tp, dtype="float32"))
     verify_checkpoint(tmp_path / "out", source)
     plain = logits(load(write_plain(source, tmp_path / "plain")))

@@ -20,7 +20,7 @@ from fuseport_testing.hf_tiny import (
     write_hf_tiny,
     write_index,
 )
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from fuseport.converter import Recipe, convert_checkpoint, plan_checkpoint, verify_checkpoint
 from fuseport.converter.errors import (
@@ -62,6 +62,26 @@ def test_one_file_or_shards(shards: int, tmp_path: Path) -> None:
     found, expected = result(tmp_path / "out"), tiny_tensors()
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_other_dtypes(dtype: torch.dtype, tmp_path: Path) -> None:
+    """In the Hugging Face layout as they are; in the other like the same values in fp32."""
+    source, twin = write_hf_tiny(tmp_path / "s"), write_hf_tiny(tmp_path / "twin")
+    values = {name: (tensor * 1.001).to(dtype) for name, tensor in tiny_tensors().items()}
+    save_file(values, source / "model.safetensors")
+    expected = {name: tensor.float() for name, tensor in values.items()}
+    write_file(twin / "model.safetensors", expected)
+    convert_checkpoint(source, tmp_path / "hf", HF)
+    assert_equal(result(tmp_path / "hf"), expected)
+    for one in (source, twin):
+        convert_checkpoint(one, tmp_path / "out" / one.name, Recipe(dtype="float32"))
+    assert_equal(result(tmp_path / "out" / "s"), result(tmp_path / "out" / "twin"))
+
+
+def assert_equal(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert found.keys() == expected.keys()
+    assert [name for name in found if not torch.equal(found[name], expected[name])] == []
 
 
 def test_links_into_a_cache_are_followed(tmp_path: Path) -> None:

@@ -187,6 +187,11 @@ LATENT_CASES = (
         router=_SIGMOID,
     ),
 )  # fmt: skip
+# Beside `CASES`, so that not every test is run for one more family.
+QWEN3_MOE = Case(
+    "qwen3_moe", "QWenForCausalLM", query_groups=2, kv_channels=12, qk_layernorm=True, eps=1e-6,
+    experts=4,
+)  # fmt: skip
 FURTHER = replace(LATENT_CASES[0], name="deepseek_further", further=2)
 
 # Large enough for several blocks of 128 × 128, some of them cut off at an edge.
@@ -195,7 +200,7 @@ WIDE = Case(
     layers=4, vocab=500, padded_vocab=512,
 )  # fmt: skip
 
-BY_NAME = {case.name: case for case in (*CASES, *LATENT_CASES, FURTHER, WIDE)}
+BY_NAME = {case.name: case for case in (*CASES, *LATENT_CASES, QWEN3_MOE, FURTHER, WIDE)}
 
 
 def some_tokens(case: Case, batch: int = 2, length: int = 7) -> torch.Tensor:
