@@ -151,16 +151,3 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     Every thread begins with the first GPU, and calls of the driver take up memory on it.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def run_all(
-    run: Run, moves: Sequence[Move], measure: bool, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a batch; on the host, [moves, 2] each: int64 counters, and fp64 sums of power.
-
-    The sums are those of `FusedCopy.run`, and 0 without `measure`.
-    """
-    power = torch.zeros(len(moves), 2, dtype=torch.float64, device=device)
-    counts = run(moves, count=True, power=power if measure else None)
-    assert counts is not None
-    return counts.cpu(), power.cpu()

@@ -127,11 +127,6 @@ class Pass:
         if shared and here.group is not None:
             self._merge = Merge(shared, self._real, here.group, here.device)
 
-    @property
-    def is_collective(self) -> bool:
-        """True if this process sends or receives, or merges amaxes with others."""
-        return bool(self._posts) or self._merge is not None
-
     def run(self) -> None:
         """Fill the outputs, on the current stream."""
         self.begin()

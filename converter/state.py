@@ -107,6 +107,7 @@ def _filled(
     return ranks
 
 
+@collector.paused()
 def plan_memory(
     tensors: Mapping[str, torch.Tensor],
     model: Model,
@@ -114,16 +115,10 @@ def plan_memory(
     recipe: Recipe,
     scales: Mapping[str, GivenScale] | None = None,
     allocate: Allocate | None = None,
-    states: Mapping[str, object] | None = None,
-    relaid: Mapping[tuple[int, str], torch.Tensor] | None = None,
 ) -> list[Planned]:
-    """Plan over real tensors; by default the target's are on the same device, not yet filled.
-
-    `states` are a state dict's `_extra_state` entries, among others, for `recipe.scales`;
-    `relaid` are the scales of weights that are fp8 already, by rank and name.
-    """
-    targets, make = prepare(tensors, model, spec, recipe, scales, allocate, states, relaid)
-    plan = _planned(targets, make)
+    """Plan over real tensors; by default the target's are on the same device, not yet filled."""
+    targets, make = prepare(tensors, model, spec, recipe, scales, allocate)
+    plan = [planned for target in targets for planned in make.plan(target)]
     _finish(make.given, recipe)
     return plan
 
@@ -139,18 +134,17 @@ def prepare(
     states: Mapping[str, object] | None = None,
     relaid: Mapping[tuple[int, str], torch.Tensor] | None = None,
 ) -> tuple[list[TargetTensor], Builder]:
-    """What is to be made, and what plans it; see `plan_memory`."""
+    """What is to be made, and what plans it.
+
+    `states` are a state dict's `_extra_state` entries, among others, for `recipe.scales`;
+    `relaid` are the scales of weights that are fp8 already, by rank and name.
+    """
     example = next(iter(tensors.values()))
     task = Task(model, spec, recipe, zero_row(model, spec, example.device), scales)
     targets = list(TARGETS[recipe.target].rules(task))
     given = given_in_memory(task, example.device, states or {})
     given.relaid = relaid or {}
     return targets, builder(targets, recipe, allocate or example.new_empty, given)
-
-
-@collector.paused()
-def _planned(targets: Sequence[TargetTensor], make: Builder) -> list[Planned]:
-    return [planned for target in targets for planned in make.plan(target)]
 
 
 def _finish(given: Given, recipe: Recipe) -> None:

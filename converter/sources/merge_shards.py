@@ -240,10 +240,9 @@ def _halves(name: str, shards: Sequence[torch.Tensor], axis: int) -> list[Piece]
     ]
 
 
-def _at(tensor: torch.Tensor, axis: int, start: int, expert: int = 0) -> Piece:
+def _at(tensor: torch.Tensor, axis: int, start: int) -> Piece:
     offset = [0] * tensor.dim()
-    offset[0] = expert
-    offset[axis] += start
+    offset[axis] = start
     return Piece(tuple(offset), tuple(tensor.shape), tensor)
 
 
