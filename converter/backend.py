@@ -19,7 +19,6 @@ from .errors import RecipeError
 Run = Callable[..., "torch.Tensor | None"]
 # Merges the groups' amaxes (fp32 [1] each) in place, between finding them and quantising.
 Reduce = Callable[[tuple[torch.Tensor, ...]], object]
-Prepare = Callable[[Sequence[Move]], Callable[[], object]]
 
 
 def choose(backend: str, device: torch.device) -> Run:
@@ -97,16 +96,6 @@ def copier(backend: str, device: torch.device) -> Make:
     from fuseport.kernels.fused_copy import FusedCopy
 
     return FusedCopy
-
-
-def preparer(backend: str, device: torch.device) -> Prepare:
-    """A function that makes a batch of moves ready, and gives what runs it.
-
-    Raises:
-        RecipeError: as `choose`.
-    """
-    make = copier(backend, device)
-    return lambda moves: make(moves).run
 
 
 def _triton(device: torch.device) -> Run:
