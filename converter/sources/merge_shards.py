@@ -25,11 +25,10 @@ from .stored import Piece, Shape, Stored
 from .stored_fp8 import StoredFp8
 from .tiling import check_tiling
 
+# Tensor-, pipeline- and expert-parallel rank.
 Rank = tuple[int, int, int]
-"""Tensor-, pipeline- and expert-parallel rank."""
 Shard = torch.Tensor | StoredFp8
 Shards = dict[Rank, dict[str, Shard]]
-
 
 _WRAPPERS = re.compile(r"^(?:module\.|model\.)+")
 _GROUPED_STATE = re.compile(r"\.experts\.linear_fc[12]\._extra_state$")
@@ -218,14 +217,19 @@ def _merge_dense(name: str, shards: Sequence[torch.Tensor], cut: Cut, grid: _Gri
     if shards[0].dim() <= axis or len({tensor.shape for tensor in shards}) > 1:
         shapes = [tuple(tensor.shape) for tensor in shards]
         raise ShapeError(f"{name}: shards of shapes {shapes} do not fit together along axis {axis}")
-    if cut is Cut.GATED and grid.tp > 1 and grid.gated:
-        pieces = _halves(name, shards, axis)
-    else:
-        width = shards[0].shape[axis]
-        pieces = [_at(tensor, axis, tp * width) for tp, tensor in enumerate(shards)]
     shape = list(shards[0].shape)
     shape[axis] *= grid.tp
-    return _stored(name, pieces, tuple(shape))
+    return _stored(name, _side_by_side(name, shards, axis, cut, grid), tuple(shape))
+
+
+def _side_by_side(
+    name: str, shards: Sequence[torch.Tensor], axis: int, cut: Cut, grid: _Grid
+) -> list[Piece]:
+    """The ranks' shards at their places along `axis`."""
+    if cut in (Cut.GATED, Cut.GROUPED_FC1) and grid.tp > 1 and grid.gated:
+        return _halves(name, shards, axis)
+    width = shards[0].shape[axis]
+    return [_at(tensor, axis, tp * width) for tp, tensor in enumerate(shards)]
 
 
 def _halves(name: str, shards: Sequence[torch.Tensor], axis: int) -> list[Piece]:
@@ -255,11 +259,7 @@ def _merge_grouped(
     pieces: list[Piece] = []
     for ep in range(grid.ep):
         shards = [_per_expert(name, found.get((tp, ep)), count, axis) for tp in range(grid.tp)]
-        if cut is Cut.GROUPED_FC1 and grid.tp > 1 and grid.gated:
-            parts = _halves(name, shards, axis)
-        else:
-            width = shards[0].shape[axis]
-            parts = [_at(tensor, axis, tp * width) for tp, tensor in enumerate(shards)]
+        parts = _side_by_side(name, shards, axis, cut, grid)
         pieces += [Piece((ep * count, *p.offset[1:]), p.shape, p.data) for p in parts]
     box = list(shards[0].shape)
     box[0], box[axis] = count * grid.ep, box[axis] * grid.tp

@@ -21,13 +21,11 @@ from ..errors import (
     UnsupportedOptionError,
 )
 from .checkpoint_dir import iteration_dir
-from .merge_shards import Rank, Shards, bare_name, merge_shards
+from .merge_shards import Rank, Shards, bare_name
 from .pickled_fp8 import pickled_fp8, stubs
 from .run_facts import namespace
 from .safe_pickle import Inert
 from .stored_fp8 import StoredFp8
-
-__all__ = ["MpRank", "Rank", "Shards", "merge_shards", "read_mp_rank"]
 
 _DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _FILE = "model_optim_rng.pt"

@@ -20,7 +20,8 @@ from fuseport.converter.errors import (
     UnsafeSourceError,
     UnsupportedOptionError,
 )
-from fuseport.converter.sources.mp_rank import merge_shards, read_mp_rank
+from fuseport.converter.sources.merge_shards import merge_shards
+from fuseport.converter.sources.mp_rank import read_mp_rank
 
 H, F, V, HEADS = 8, 12, 16, 4
 LAYER = "decoder.layers.{}."
