@@ -50,11 +50,11 @@ UNIFIED_EXCLUDES = ("*.router", "transformer.vocab_embedding", "transformer.posi
 
 def hf_quantization(recipe: Recipe, unquantised: Sequence[str]) -> dict[str, Any]:
     """`quantization_config` of config.json; empty if ModelOpt's file says it, or nothing is."""
-    cache = {"kv_cache_scheme": _STATIC_FP8} if recipe.kv_cache == "fp8" else {}
-    if recipe.quant == "none":
+    said = None if recipe.quant == "none" else SAID.get(written(recipe).said)
+    if said is None:
         return {}
-    said = SAID.get(written(recipe).said)
-    return {} if said is None else cache | said(recipe, unquantised)
+    cache = {"kv_cache_scheme": _STATIC_FP8} if recipe.kv_cache == "fp8" else {}
+    return cache | said(recipe, unquantised)
 
 
 # compressed-tensors' description of keys and values in e4m3 with scales that are in the file.
