@@ -36,11 +36,8 @@ class _Source:
     @property
     def grid(self) -> torch.Tensor:
         """The stored scales, [blocks down, blocks across]."""
-        return (
-            self.stored.scales.view(1, 1)
-            if self.stored.scheme == "tensor"
-            else (self.stored.scales)
-        )
+        scales = self.stored.scales
+        return scales.view(1, 1) if self.stored.scheme == "tensor" else scales
 
 
 def relay(
