@@ -32,7 +32,6 @@ from .megatron_base import (
     share_memory,
     str_dtype_to_torch,
 )
-from .megatron_names import MODULES, to_megatron
 from .megatron_single import SingleDeviceTRTLLMModelWeightsConverter
 from .model import ModelSpec
 from .parallel import Parallel, current_parallel
@@ -43,6 +42,7 @@ from .sources.megatron import read_model
 from .stages import gather_stage
 from .state import plan_memory, run_plan, tensors_of, weights
 from .targets.trtllm_config import pp_layers
+from .trtllm_layers import MODULES, to_megatron
 
 __all__ = [
     "DistributedTRTLLMModelWeightsConverter",

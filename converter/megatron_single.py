@@ -11,7 +11,6 @@ import torch
 from .arguments import check_kinds, check_state
 from .claims import LenientClaims
 from .megatron_base import WeightsConverter
-from .megatron_names import MODULES, to_megatron
 from .model import ModelSpec
 from .plan import Planned, build
 from .recipe import Recipe, check
@@ -21,6 +20,7 @@ from .state import run_plan, weights, zero_row
 from .targets.parts import TargetTensor
 from .targets.trtllm import TrtllmRules
 from .targets.trtllm_config import padded_vocab_size
+from .trtllm_layers import MODULES, to_megatron
 
 EMBEDDING, POSITIONS = "transformer.vocab_embedding.weight", "transformer.position_embedding.weight"
 OUTPUT = "lm_head.weight"

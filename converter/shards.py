@@ -7,7 +7,6 @@ tensors, so that nothing else has to be agreed on. Megatron-Core's cuts are in `
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,13 +15,10 @@ import torch
 from .errors import RecipeError, ShapeError
 from .facts import is_whole
 from .layout import Shape
-from .megatron_names import unwrapped
 from .model import ModelSpec
 from .sources.cuts import Cut, cut_of, numbered_expert
-from .sources.megatron_names import IGNORED
+from .sources.megatron_names import IGNORED, layer_name, layer_of, unwrapped
 from .sources.tiling import check_tiling
-
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,9 +154,9 @@ def whole_names(held: Held, spec: ModelSpec) -> dict[str, str]:
     experts = spec.num_moe_experts // held.place.ep_size
     result = {}
     for own in held.kinds:
-        name, match = unwrapped(own), _LAYER.match(unwrapped(own))
-        if match is not None:
-            name = f"decoder.layers.{held.place.layer(spec) + int(match[1])}.{match[2]}"
+        name = unwrapped(own)
+        if (place := layer_of(name)) is not None:
+            name = layer_name(held.place.layer(spec) + place[0], place[1])
         result[numbered_expert(name, held.place.ep_rank * experts, experts)] = own
     return {name: own for name, own in result.items() if not any(one in name for one in IGNORED)}
 

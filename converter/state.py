@@ -20,7 +20,6 @@ from .errors import FuseportWarning, MissingTensorError
 from .given import Given, scale_table
 from .layout import shape_of
 from .logical import Model
-from .megatron_names import unwrapped
 from .model import ModelSpec
 from .plan import Allocate, Planned, moves_of, storage_key
 from .quantise import Builder, builder, to_quantise
@@ -29,6 +28,7 @@ from .relay import SAME, relay, sources_of
 from .repeats import Repeats
 from .sources.further import without_further
 from .sources.megatron import read_model
+from .sources.megatron_names import unwrapped
 from .sources.stored_fp8 import StoredFp8, dequantise, is_stored_fp8, read_stored_fp8
 from .targets.parts import TargetTensor
 from .targets.table import TARGETS, te_table

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from .errors import ScaleError
 from .hf_family import Family
-from .megatron_names import unwrapped
 from .scales import ModuleScales, ScaleTable
+from .sources.megatron_names import unwrapped
 from .sources.te_state import TeState, decode_te_state, join
 
 

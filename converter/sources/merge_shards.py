@@ -20,6 +20,7 @@ from ..errors import (
     UnsupportedOptionError,
 )
 from .cuts import Cut, cut_of, is_expert, numbered_expert
+from .megatron_names import unwrapped
 from .merge_fp8 import merge_fp8
 from .stored import Piece, Shape, Stored
 from .stored_fp8 import StoredFp8
@@ -30,7 +31,6 @@ Rank = tuple[int, int, int]
 Shard = torch.Tensor | StoredFp8
 Shards = dict[Rank, dict[str, Shard]]
 
-_WRAPPERS = re.compile(r"^(?:module\.|model\.)+")
 _GROUPED_STATE = re.compile(r"\.experts\.linear_fc[12]\._extra_state$")
 _TIED = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
@@ -65,11 +65,6 @@ class _Grid:
         )
 
 
-def bare_name(name: str) -> str:
-    """The name without the `module.` and `model.` of wrappers."""
-    return _WRAPPERS.sub("", name)
-
-
 def merge_shards(shards: Shards, facts: Mapping[str, object]) -> dict[str, Stored]:
     """One `Stored` per whole tensor, by its name in an unsharded Megatron-Core model.
 
@@ -88,7 +83,7 @@ def merge_shards(shards: Shards, facts: Mapping[str, object]) -> dict[str, Store
     stages: dict[str, dict[Rank, Shard]] = defaultdict(dict)
     for rank in sorted(shards):
         for name, tensor in shards[rank].items():
-            stages[_global_name(bare_name(name), rank[2], grid)][rank] = tensor
+            stages[_global_name(unwrapped(name), rank[2], grid)][rank] = tensor
     _drop_tied_output(stages, grid)
     return {name: _whole(name, by_rank, grid) for name, by_rank in stages.items()}
 
@@ -116,7 +111,7 @@ def merge_states(
     for tp, pp, ep in sorted(states):
         for name, state in states[tp, pp, ep].items():
             # Expert ranks are data-parallel ones to all that is no expert: they hold copies.
-            ranks[tp].setdefault(_state_name(bare_name(name), ep, grid), state)
+            ranks[tp].setdefault(_state_name(unwrapped(name), ep, grid), state)
     return ranks
 
 
