@@ -24,13 +24,10 @@ from .recipe import Recipe
 from .relay_source import with_codes
 from .sources.source import Source, open_source
 from .sources.stored import Piece, Stored
-from .state import check_complete, zero_row
+from .state import PADDING, check_complete, zero_row
 from .stored_codes import Kept, twins_of, without_unused
 from .targets.table import TARGETS, te_table
 from .targets.target import Target, Task, file_images
-
-# The name of the zeros that fill a padded vocabulary, where a source tensor's name is shown.
-PADDING = "(zero rows)"
 
 
 @dataclass(frozen=True)

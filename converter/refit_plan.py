@@ -25,13 +25,11 @@ from .scales import ScaleTable
 from .shards import Held, Place, everywhere, kinds_of, whole_names, whole_tensors
 from .sources.further import without_further
 from .sources.megatron import read_model
-from .state import check_complete, weights, zero_row
+from .state import PADDING, check_complete, weights, zero_row
 from .targets.table import TARGETS
 from .targets.target import Task
 from .transfers import Wanted, wanted
 
-# The name of the zeros that fill a padded vocabulary.
-PADDING = "(zero rows)"
 # From `_build` up to who made the `Refit`, through what is around the two functions between.
 _CALLER = 6
 

@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 import torch
 
 from .errors import RecipeError, ShapeError
-from .facts import is_whole
 from .layout import Shape
 from .model import ModelSpec
+from .parallel import check_rank
 from .sources.cuts import Cut, cut_of, numbered_expert
 from .sources.megatron_names import IGNORED, layer_name, layer_of, unwrapped
 from .sources.tiling import check_tiling
@@ -53,13 +53,7 @@ class Place:
             "ep": (self.ep_rank, self.ep_size),
             "expert_tp": self.share(True),
         }.items():
-            if not (is_whole(rank) and is_whole(size)):
-                raise RecipeError(
-                    f"{kind}_rank and {kind}_size must be whole numbers, found {rank!r} "
-                    f"and {size!r}"
-                )
-            if not 0 <= rank < size:
-                raise RecipeError(f"{kind}_rank {rank} is outside {kind}_size {size}")
+            check_rank(kind, rank, size)
 
     def share(self, expert: bool) -> tuple[int, int]:
         """(rank, size) of those who share an expert's tensor, or any other."""

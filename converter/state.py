@@ -36,6 +36,8 @@ from .targets.target import Task
 
 # Elements of which the launch takes longer than the planning of as many.
 PART = 1 << 31
+# The name of the zeros that fill a padded vocabulary, where a source tensor's name is shown.
+PADDING = "(zero rows)"
 # From a helper up to who called `convert_state_dict`, through the function and what is around it.
 _CALLER = 4
 
