@@ -13,29 +13,42 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
+
 from ..errors import RecipeError
 from ..layout import Shape
 from ..recipe import Recipe
 
 
 @dataclass(frozen=True)
-class Written:
-    """A scheme as a profile's engines read it: `{module}.{suffix}` of `shape(rows, columns)`."""
+class ScaleTensor:
+    """`{module}.{suffix}` of `shape(rows, columns)`, after any experts."""
 
-    said: str
     suffix: str
     shape: Callable[[int, int], Shape]
+    dtype: torch.dtype = torch.float32
 
 
-def _scalar(rows: int, columns: int) -> Shape:
+@dataclass(frozen=True)
+class Written:
+    """A scheme as a profile's engines read it: where it is said, and the weights' scales."""
+
+    said: str
+    scale: ScaleTensor
+
+
+def scalar(rows: int, columns: int) -> Shape:
+    """One scale for a matrix, without axes."""
     return ()
 
 
-def _one(rows: int, columns: int) -> Shape:
+def vector(rows: int, columns: int) -> Shape:
+    """One scale for a matrix, as a vector."""
     return (1,)
 
 
-def _rows(rows: int, columns: int) -> Shape:
+def of_rows(rows: int, columns: int) -> Shape:
+    """A scale for each row."""
     return (rows,)
 
 
@@ -51,23 +64,25 @@ def _pieces(size: int) -> Callable[[int, int], Shape]:
     return lambda rows, columns: (rows, columns // size)
 
 
-_FP8 = Written("modelopt", "weight_scale", _scalar)
-_BLOCK = Written("fp8", "weight_scale_inv", _blocks)
-_MX = Written("modelopt", "weight_scale", _pieces(32))
-_NV = Written("modelopt", "weight_scale", _pieces(16))
-_CHANNEL = Written("compressed-tensors", "weight_scale", _column)
-_TOKEN = Written("modelopt", "weight_scale", _rows)
+_CHANNEL = Written("compressed-tensors", ScaleTensor("weight_scale", _column))
 
-_USUAL = {"fp8": _FP8, "fp8-row": _CHANNEL, "fp8-block": _BLOCK, "mxfp8": _MX, "nvfp4": _NV}
+# What most engines read.
+USUAL = {
+    "fp8": Written("modelopt", ScaleTensor("weight_scale", scalar)),
+    "fp8-row": _CHANNEL,
+    "fp8-block": Written("fp8", ScaleTensor("weight_scale_inv", _blocks)),
+    "mxfp8": Written("modelopt", ScaleTensor("weight_scale", _pieces(32), torch.uint8)),
+    "nvfp4": Written("modelopt", ScaleTensor("weight_scale", _pieces(16), torch.float8_e4m3fn)),
+}
 
 PROFILES: dict[str, dict[str, Written]] = {
-    "vllm": _USUAL,
-    "sglang": _USUAL,
-    "trtllm": {**_USUAL, "fp8-row": _TOKEN},
+    "vllm": USUAL,
+    "sglang": USUAL,
+    "trtllm": {**USUAL, "fp8-row": Written("modelopt", ScaleTensor("weight_scale", of_rows))},
     "compressed-tensors": {
-        "fp8": Written("compressed-tensors", "weight_scale", _one),
+        "fp8": Written("compressed-tensors", ScaleTensor("weight_scale", vector)),
         "fp8-row": _CHANNEL,
-        "fp8-block": Written("compressed-tensors", "weight_scale", _blocks),
+        "fp8-block": Written("compressed-tensors", ScaleTensor("weight_scale", _blocks)),
     },
 }
 
