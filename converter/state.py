@@ -24,7 +24,7 @@ from .model import ModelSpec
 from .plan import Allocate, Planned, moves_of, storage_key
 from .quantise import Builder, builder, to_quantise
 from .recipe import Recipe
-from .relay import SAME, relay, sources_of
+from .relay import relay
 from .repeats import Repeats
 from .sources.further import without_further
 from .sources.megatron import read_model
@@ -209,10 +209,8 @@ def _relay(
     stored = {key: found[name] for key, name in by_storage.items()}
     model = read_model(twins, spec, StoredClaims)
     task = Task(model, spec, recipe, zero_row(model, spec, torch.device("meta")))
-    targets = list(TARGETS[recipe.target].rules(task))
-    of_stored = [one for one in to_quantise(targets, recipe) if stored.keys() & sources_of(one)]
-    scales, others = relay(of_stored, stored, SAME.get(recipe.quant))
-    copied = set().union(*(sources_of(one) for one in of_stored)) - others
+    targets = to_quantise(list(TARGETS[recipe.target].rules(task)), recipe)
+    scales, copied = relay(targets, stored, recipe.quant)
     names = sorted(by_storage[key] for key in stored.keys() - copied)
     if names:
         warnings.warn(
