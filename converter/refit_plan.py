@@ -30,8 +30,8 @@ from .targets.table import TARGETS
 from .targets.target import Task
 from .transfers import Wanted, wanted
 
-# From `_build` up to who made the `Refit`, through what is around the two functions between.
-_CALLER = 6
+# From `_build` up to who made the `Refit`, through what is around the functions between.
+_CALLER = 7
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,19 @@ def plan_refit(
     _check_same(offers)
     weights(source)
     filled = [_ranks(one, number, len(offers)) for number, one in enumerate(offers)]
+    targets, constants = _targets(offers, filled, scales)
+    return RefitPlan(
+        targets, whole_names(offer.held, spec), filled[process], constants, process, len(offers)
+    )
+
+
+def _targets(
+    offers: Sequence[_Offer],
+    filled: Sequence[tuple[int, ...]],
+    scales: Mapping[str, GivenScale] | None,
+) -> tuple[tuple[Wanted, ...], Mapping[str, torch.Tensor]]:
+    """What the processes fill together, the same on each of them; and what never changes."""
+    spec, recipe = offers[0].spec, offers[0].recipe
     wholes = whole_tensors([one.held for one in offers], spec)
     meta = {n: torch.empty(w.shape, dtype=w.dtype, device="meta") for n, w in wholes.items()}
     TARGETS[recipe.target].check(spec, recipe)
@@ -108,10 +121,7 @@ def plan_refit(
         sources[key] = name, everywhere(constants.values[name], len(offers))
     targets = tuple(wanted(planned, sources, filled))
     check_filled(targets, filled)
-    return RefitPlan(
-        targets, whole_names(offer.held, spec), filled[process],
-        constants.values, process, len(offers),
-    )  # fmt: skip
+    return targets, constants.values
 
 
 @dataclass(frozen=True)
