@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from bisect import bisect_right
 from collections.abc import Hashable, Iterable, Mapping
 
@@ -13,8 +12,7 @@ from fuseport.kernels.move import ALIGNED
 from .layout import Layout, mapped
 from .model import ModelSpec
 from .plan import extent
-
-_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+from .sources.megatron_names import layer_name, layer_of
 
 
 class Alike:
@@ -33,9 +31,9 @@ class Alike:
         layers: dict[int, dict[str, torch.Tensor]] = {}
         self.others: dict[str, torch.Tensor] = {}
         for name, tensor in tensors.items():
-            match = _LAYER.fullmatch(name)
-            if match and int(match[1]) < spec.num_layers:
-                layers.setdefault(int(match[1]), {})[match[2]] = tensor
+            place = layer_of(name)
+            if place is not None and place[0] < spec.num_layers:
+                layers.setdefault(place[0], {})[place[1]] = tensor
             else:
                 self.others[name] = tensor
         self.first: dict[int, int] = {}
@@ -58,8 +56,7 @@ class Alike:
         if first not in self._memory:
             self._memory[first] = _Memory(parts.values())
         if first == layer or not self._memory[first].is_plain:
-            prefix = f"decoder.layers.{layer}."
-            self.others |= {prefix + name: tensor for name, tensor in parts.items()}
+            self.others |= {layer_name(layer, name): tensor for name, tensor in parts.items()}
             return
         self.first[layer] = first
         self._own[layer] = {id(layers[first][name]): tensor for name, tensor in parts.items()}

@@ -19,7 +19,6 @@ from .errors import RecipeError
 Run = Callable[..., "torch.Tensor | None"]
 # Merges the groups' amaxes (fp32 [1] each) in place, between finding them and quantising.
 Reduce = Callable[[tuple[torch.Tensor, ...]], object]
-Prepare = Callable[[Sequence[Move]], Callable[[], object]]
 
 
 def choose(backend: str, device: torch.device) -> Run:
@@ -99,16 +98,6 @@ def copier(backend: str, device: torch.device) -> Make:
     return FusedCopy
 
 
-def preparer(backend: str, device: torch.device) -> Prepare:
-    """A function that makes a batch of moves ready, and gives what runs it.
-
-    Raises:
-        RecipeError: as `choose`.
-    """
-    make = copier(backend, device)
-    return lambda moves: make(moves).run
-
-
 def _triton(device: torch.device) -> Run:
     try:
         from fuseport.kernels.fused_copy import fused_copy, is_interpreted
@@ -151,16 +140,3 @@ def on(device: torch.device) -> AbstractContextManager[object]:
     Every thread begins with the first GPU, and calls of the driver take up memory on it.
     """
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
-def run_all(
-    run: Run, moves: Sequence[Move], measure: bool, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Run a batch; on the host, [moves, 2] each: int64 counters, and fp64 sums of power.
-
-    The sums are those of `FusedCopy.run`, and 0 without `measure`.
-    """
-    power = torch.zeros(len(moves), 2, dtype=torch.float64, device=device)
-    counts = run(moves, count=True, power=power if measure else None)
-    assert counts is not None
-    return counts.cpu(), power.cpu()

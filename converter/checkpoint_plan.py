@@ -24,13 +24,10 @@ from .recipe import Recipe
 from .relay_source import with_codes
 from .sources.source import Source, open_source
 from .sources.stored import Piece, Stored
-from .state import check_complete, zero_row
+from .state import PADDING, check_complete, zero_row
 from .stored_codes import Kept, twins_of, without_unused
 from .targets.table import TARGETS, te_table
 from .targets.target import Target, Task, file_images
-
-# The name of the zeros that fill a padded vocabulary, where a source tensor's name is shown.
-PADDING = "(zero rows)"
 
 
 @dataclass(frozen=True)
@@ -105,18 +102,7 @@ def plan_checkpoint(
     check_kinds(recipe=recipe)
     if not isinstance(facts, ModelSpec):
         check_given(facts=facts)
-    given = dataclasses.asdict(facts) if isinstance(facts, ModelSpec) else facts
-    opened = (
-        source
-        if isinstance(source, Source)
-        else open_source(source_path(source), given, recipe.family, recipe.mtp)
-    )
-    seen = fingerprint(opened.origin)
-    if isinstance(facts, ModelSpec):
-        spec = facts
-    else:
-        own = {str(name): value for name, value in (facts or {}).items()}
-        spec = ModelSpec.from_facts(opened.facts, **own)
+    opened, seen, spec = _opened(source, recipe, facts)
     model = opened.read(opened.tensors, spec)
     target = TARGETS[recipe.target]
     target.check(spec, recipe)
@@ -133,6 +119,20 @@ def plan_checkpoint(
     in_source = partial(te_table, task, opened.states, opened.ep_size)
     scales = Given(constants, scale_table(recipe, in_source), relaid=relaid)
     return lay_out_plan(opened, task, stored, seen, scales, kept)
+
+
+def _opened(
+    source: str | Path | Source, recipe: Recipe, facts: Mapping[str, object] | ModelSpec | None
+) -> tuple[Source, Fingerprint, ModelSpec]:
+    """The source, what its files look like before weights are read, and the model's facts."""
+    given = dataclasses.asdict(facts) if isinstance(facts, ModelSpec) else facts
+    if not isinstance(source, Source):
+        source = open_source(source_path(source), given, recipe.family, recipe.mtp)
+    seen = fingerprint(source.origin)
+    if isinstance(facts, ModelSpec):
+        return source, seen, facts
+    own = {str(name): value for name, value in (facts or {}).items()}
+    return source, seen, ModelSpec.from_facts(source.facts, **own)
 
 
 def lay_out_plan(

@@ -105,7 +105,7 @@ class LenientClaims(Claims):
 class PartialClaims(LenientClaims):
     """For a few tensors of a model: a meta tensor stands in for each missing one.
 
-    Target tensors that are made of such are the ones to leave out (`is_present`).
+    Target tensors that are made of such are left out (`WeightsConverter.partial_targets`).
     """
 
     def need(self, spellings: Spellings, shape: tuple[int | None, ...]) -> torch.Tensor:

@@ -177,12 +177,12 @@ def _trial(path: Path) -> Finding:
     return Finding("conversion", f"a small model, on {device}: equal to plain torch, bit for bit")
 
 
-def _try_conversion(directory: Path, recipe: Recipe | None = None) -> None:
+def _try_conversion(directory: Path) -> None:
     try:
         with tempfile.TemporaryDirectory(prefix="fuseport-doctor-", dir=directory) as name:
             source, out = Path(name) / "source", Path(name) / "out"
             write_demo_checkpoint(source)
-            convert_checkpoint(source, out, recipe or Recipe(tp_size=2))
+            convert_checkpoint(source, out, Recipe(tp_size=2))
             verify_checkpoint(out, source)
     except OSError as error:
         raise OutputError(f"cannot write in {directory}: {error.strerror or error}") from error

@@ -17,9 +17,8 @@ from typing import Protocol
 
 import torch
 
-from .backend import Copy, on
+from .backend import Copy, Make, on
 from .cuts import Run
-from .feeds import Make
 from .launch import bound_moves, reducer
 from .limits import SLABS, threads
 from .slabs import Slabs

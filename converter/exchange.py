@@ -95,13 +95,11 @@ def _run(
     group: dist.ProcessGroup | None,
 ) -> None:
     operations: list[dist.P2POp] = []
+    first = rank * tensor.shape[0]
     for one in mine:
-        source = (
-            tensor.narrow(0, one.start - rank * tensor.shape[0], one.stop - one.start)
-            if (one.holder == rank)
-            else None
-        )
-        place = result.narrow(0, one.place, one.stop - one.start) if one.wanter == rank else None
+        count = one.stop - one.start
+        source = tensor.narrow(0, one.start - first, count) if one.holder == rank else None
+        place = result.narrow(0, one.place, count) if one.wanter == rank else None
         if source is not None and place is not None:
             place.copy_(source)
         elif source is not None:

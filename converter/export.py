@@ -14,12 +14,12 @@ from .checkpoint_plan import CheckpointPlan, lay_out_plan
 from .convert import Job, Progress, carry_out
 from .errors import UnsupportedOptionError
 from .limits import Limits
-from .megatron_names import unwrapped
 from .model import ModelSpec
 from .recipe import Recipe
 from .report import Report
 from .sources.further import without_further
 from .sources.megatron import read_model
+from .sources.megatron_names import unwrapped
 from .sources.source import Source
 from .state import check_complete, given_in_memory, read_stored, weights, zero_row
 from .targets.table import TARGETS

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,12 +10,10 @@ import torch
 from fuseport.kernels.move import Move
 from fuseport.kernels.quant import Scheme
 
-from .backend import Copy, Reduce
+from .backend import Make, Reduce
 from .slices import View
 
 ALIGNMENT = 256
-
-Make = Callable[[Sequence[Move]], Copy]
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,8 @@ import torch
 from fuseport.kernels.quant import BlockScale, MxScale, NvScale, RowScale, Scheme, TensorScale
 
 from .errors import RecipeError
-from .layout import Shape
 from .recipe import Recipe
-from .targets.profiles import INPUT_SCALE, written
+from .targets.profiles import INPUT_SCALE, USUAL, ScaleTensor, of_rows, scalar, vector, written
 
 
 @dataclass(frozen=True)
@@ -36,15 +35,6 @@ class Place:
     amax: Callable[[], torch.Tensor]
     columns: int
     first_row: int
-
-
-@dataclass(frozen=True)
-class ScaleTensor:
-    """`{module}.{suffix}` of `shape(rows, columns)`, after any experts."""
-
-    suffix: str
-    shape: Callable[[int, int], Shape]
-    dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
@@ -91,50 +81,32 @@ def _nv(at: Place) -> Scheme:
     return NvScale(at.scale, at.columns, at.first_row, second_scale=second, amax=amax)
 
 
-def _one(rows: int, columns: int) -> Shape:
-    return ()
-
-
-def _vector(rows: int, columns: int) -> Shape:
-    return (1,)
-
-
-def _blocks(rows: int, columns: int) -> Shape:
-    return -(-rows // 128), -(-columns // 128)
-
-
-def _pieces(size: int) -> Callable[[int, int], Shape]:
-    return lambda rows, columns: (rows, columns // size)
-
-
-# For target "hf", a profile may have another name and shape for the scales: see `profiles`.
+# For target "hf" the weights' scales are the recipe's profile's.
 FORMATS: dict[tuple[str, str], Format] = {
     ("trtllm", "fp8"): Format(
-        ScaleTensor("weights_scaling_factor", _vector),
+        ScaleTensor("weights_scaling_factor", vector),
         _tensor,
-        input=ScaleTensor("activation_scaling_factor", _vector),
+        input=ScaleTensor("activation_scaling_factor", vector),
         needs_input=True,
         takes_weight_scale=True,
     ),
-    ("trtllm", "fp8-row"): Format(ScaleTensor("per_channel_scale", lambda rows, _: (rows,)), _row),
+    ("trtllm", "fp8-row"): Format(ScaleTensor("per_channel_scale", of_rows), _row),
     ("hf", "fp8"): Format(
-        ScaleTensor("weight_scale", _one),
+        USUAL["fp8"].scale,
         _tensor,
-        input=ScaleTensor(INPUT_SCALE, _one),
+        input=ScaleTensor(INPUT_SCALE, scalar),
         takes_weight_scale=True,
     ),
-    ("hf", "fp8-row"): Format(ScaleTensor("weight_scale", lambda rows, _: (rows, 1)), _row),
-    ("hf", "fp8-block"): Format(
-        ScaleTensor("weight_scale_inv", _blocks), _block, rows_per_scale=128
-    ),
-    ("hf", "mxfp8"): Format(ScaleTensor("weight_scale", _pieces(32), torch.uint8), _mx),
+    ("hf", "fp8-row"): Format(USUAL["fp8-row"].scale, _row),
+    ("hf", "fp8-block"): Format(USUAL["fp8-block"].scale, _block, rows_per_scale=128),
+    ("hf", "mxfp8"): Format(USUAL["mxfp8"].scale, _mx),
     ("hf", "nvfp4"): Format(
-        ScaleTensor("weight_scale", _pieces(16), torch.float8_e4m3fn),
+        USUAL["nvfp4"].scale,
         _nv,
         codes=torch.uint8,
         elements_per_code=2,
-        second=ScaleTensor("weight_scale_2", _one),
-        input=ScaleTensor(INPUT_SCALE, _one),
+        second=ScaleTensor("weight_scale_2", scalar),
+        input=ScaleTensor(INPUT_SCALE, scalar),
     ),
 }
 
@@ -157,5 +129,4 @@ def format_of(recipe: Recipe) -> Format | None:
     if recipe.target != "hf":
         return found
     row = written(recipe)
-    scale = replace(found.scale, suffix=row.suffix, shape=row.shape)
-    return replace(found, scale=scale, note=row.note)
+    return replace(found, scale=row.scale, note=row.note)

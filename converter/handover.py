@@ -65,15 +65,10 @@ def named_tensors(
 
 
 def _handles(bucket: Bucket) -> Update:
-    return (
-        {
-            device_uuid(bucket[0][1].device): [
-                (name, reduce_tensor(tensor)) for name, tensor in bucket
-            ]
-        }
-        if bucket
-        else {}
-    )
+    if not bucket:
+        return {}
+    handles = [(name, reduce_tensor(tensor)) for name, tensor in bucket]
+    return {device_uuid(bucket[0][1].device): handles}
 
 
 def device_uuid(device: torch.device) -> str:

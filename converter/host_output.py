@@ -14,7 +14,7 @@ from __future__ import annotations
 import ctypes
 import mmap
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ import torch
 
 from fuseport.kernels.move import Move
 
-from .backend import Prepare
+from .backend import Copy, Make
 from .plan import Planned, bind
 
 ALIGNMENT = 256
@@ -77,7 +77,7 @@ def _cut(span: Span, limit: int) -> Iterator[Span]:
         yield Span(span.start + first * row, Move(dst, src, move.shift, move.quant))
 
 
-def windows(all_spans: Iterator[Span], limit: int) -> Iterator[list[Span]]:
+def windows(all_spans: Iterable[Span], limit: int) -> Iterator[list[Span]]:
     """Consecutive spans that lie within `limit` bytes of the block together."""
     window: list[Span] = []
     for span in all_spans:
@@ -175,9 +175,9 @@ def _madvise(address: int, size: int, advice: int) -> int:
 
 @dataclass(frozen=True)
 class _Window:
-    """A prepared run into a window on the GPU, and the copy that brings it to the host."""
+    """Moves into a window on the GPU, and the copy that brings it to the host."""
 
-    run: Callable[[], object]
+    moves: Copy
     source: torch.Tensor
     target: torch.Tensor
 
@@ -190,13 +190,13 @@ class HostOutput:
 
     Args:
         plan: what to fill.
-        prepare: makes a batch of moves ready to run: see `backend.prepare`.
+        make: makes a batch of moves ready to run.
         device: where the sources are.
         block: the memory; another plan's before.
     """
 
     def __init__(
-        self, plan: Sequence[Planned], prepare: Prepare, device: torch.device, block: Block
+        self, plan: Sequence[Planned], make: Make, device: torch.device, block: Block
     ) -> None:
         places, size = places_of(plan)
         self.device, self.block = device, block
@@ -207,27 +207,25 @@ class HostOutput:
         ]
         every = list(spans(plan, places, WINDOW))
         if device.type != "cuda":
-            self._direct = prepare([_onto(memory, 0, span) for span in every])
+            self._direct = make([_onto(memory, 0, span) for span in every])
             return
         self._touched = False
-        self._windows = list(self._prepared(every, memory, prepare))
+        self._windows = list(self._prepared(every, memory, make))
 
-    def _prepared(
-        self, every: list[Span], memory: torch.Tensor, prepare: Prepare
-    ) -> Iterator[_Window]:
+    def _prepared(self, every: list[Span], memory: torch.Tensor, make: Make) -> Iterator[_Window]:
         largest = max((span.stop - span.start for span in every), default=0)
         size = max(WINDOW, largest) + ALIGNMENT
         staging = [torch.empty(size, dtype=torch.uint8, device=self.device) for _ in range(2)]
-        for index, window in enumerate(windows(iter(every), WINDOW)):
+        for index, window in enumerate(windows(every, WINDOW)):
             first, last = window[0].start, window[-1].stop
             base, stage = first - first % ALIGNMENT, staging[index % 2]
-            run = prepare([_onto(stage, base, span) for span in window])
-            yield _Window(run, stage[first - base : last - base], memory[first:last])
+            moves = make([_onto(stage, base, span) for span in window])
+            yield _Window(moves, stage[first - base : last - base], memory[first:last])
 
     def run(self) -> list[torch.Tensor]:
         """Fill every tensor; they can be read when this returns."""
         if self.device.type != "cuda":
-            self._direct()
+            self._direct.run()
             return self.results
         if self._touched:
             self.block.register()
@@ -247,7 +245,7 @@ class HostOutput:
         for index, window in enumerate(self._windows):
             if index >= 2:
                 current.wait_event(copied[index - 2])
-            window.run()
+            window.moves.run()
             copies.wait_stream(current)
             if ring is None:
                 with torch.cuda.stream(copies):

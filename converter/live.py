@@ -31,8 +31,9 @@ class Live:
     ) -> None:
         self._source = source
         self.tensors = {name: source[own] for name, own in names.items()} | dict(constants)
-        parts = [{n: own for n, own in names.items() if (n in first) == early} for early in (1, 0)]
-        self._parts = [_Part(part, source) for part in parts if part]
+        early = {name: own for name, own in names.items() if name in first}
+        late = {name: own for name, own in names.items() if name not in first}
+        self._parts = [_Part(part, source) for part in (early, late) if part]
 
     def looks(self, source: State | None = None) -> Iterator[set[str]]:
         """Look at the first ones, if there are any, then at the others.

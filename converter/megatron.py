@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from . import collector
 from .arguments import check_given, check_state
-from .backend import copier, preparer
+from .backend import copier
 from .claims import LenientClaims
 from .errors import RecipeError
 from .exchange import Rows, exchange_rows, kv_ranges, vocabulary_ranges
@@ -32,7 +32,6 @@ from .megatron_base import (
     share_memory,
     str_dtype_to_torch,
 )
-from .megatron_names import MODULES, to_megatron
 from .megatron_single import SingleDeviceTRTLLMModelWeightsConverter
 from .model import ModelSpec
 from .parallel import Parallel, current_parallel
@@ -43,6 +42,7 @@ from .sources.megatron import read_model
 from .stages import gather_stage
 from .state import plan_memory, run_plan, tensors_of, weights
 from .targets.trtllm_config import pp_layers
+from .trtllm_layers import MODULES, to_megatron
 
 __all__ = [
     "DistributedTRTLLMModelWeightsConverter",
@@ -172,25 +172,26 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         model, scales = read_model(tensors, spec, LenientClaims), self.given_scales(device)
         allocate = on_meta if through_windows else None
         plan = plan_memory(tensors, model, spec, recipe, scales, allocate)
-        names = [planned.name for planned in plan]
+        make = copier(self.backend, device)
         if through_windows:
             # Now, so that it is populated while the rest is made ready.
             self._block.reserve(places_of(plan)[1])
-            prepare = preparer(self.backend, device)
             self._forget()
-            host = HostOutput(plan, prepare, device, self._block)
+            host, names = HostOutput(plan, make, device, self._block), [one.name for one in plan]
             self._run = lambda: dict(zip(names, host.run(), strict=True))
             return
-        copy, reduce = copier(self.backend, device)(moves_of(plan)), reducer(plan, self.parallel)
+        copy, reduce = make(moves_of(plan)), reducer(plan, self.parallel)
+        results = {planned.name: planned.dst for planned in plan}
         self._forget()
-        results = dict(zip(names, [planned.dst for planned in plan], strict=True))
-        self._run = lambda: (copy.run(reduce=reduce), self._placed(results))[1]
 
-    def _placed(self, results: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Results on the device, where `output` wants them."""
-        return {name: self._kept(tensor) for name, tensor in results.items()}
+        def run() -> dict[str, torch.Tensor]:
+            copy.run(reduce=reduce)
+            return {name: self._brought(tensor) for name, tensor in results.items()}
 
-    def _kept(self, tensor: torch.Tensor) -> torch.Tensor:
+        self._run = run
+
+    def _brought(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A result where `output` wants it."""
         return tensor.cpu() if self.output == "host" else tensor
 
     def _forget(self) -> None:
@@ -265,7 +266,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         self._keep(layer_name, self.cast(layer_name, stored))
 
     def _keep(self, name: str, tensor: torch.Tensor) -> None:
-        self.trtllm_model_weights[name] = self._kept(tensor)
+        self.trtllm_model_weights[name] = self._brought(tensor)
 
     def _convert_transformer_layer(self, layer_name: str, val: torch.Tensor) -> None:
         """Convert one tensor of a layer, given by its target name and as Megatron has it."""

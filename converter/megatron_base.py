@@ -18,13 +18,13 @@ from .choices import FROM_SOURCE
 from .claims import PartialClaims
 from .errors import ModelError, RecipeError, ScaleError
 from .layout import leaves
-from .megatron_names import is_nemotron_nas
 from .model import ModelSpec
 from .recipe import DTYPES, Recipe
 from .sources.megatron import read_model
 from .state import zero_row
 from .targets.parts import TargetTensor
 from .targets.trtllm import TrtllmRules, refuse_special
+from .trtllm_layers import is_nemotron_nas
 
 # How the reference's scales are called.
 FACTOR, MULTIPLIER = ".weights_scaling_factor", "weight_multiplier"

@@ -9,19 +9,18 @@ from typing import Any
 import torch
 
 from .arguments import check_kinds, check_state
-from .backend import choose
 from .claims import LenientClaims
 from .megatron_base import WeightsConverter
-from .megatron_names import MODULES, to_megatron
 from .model import ModelSpec
 from .plan import Planned, build
 from .recipe import Recipe, check
 from .sources.megatron import read_model
 from .sources.source import by_layer
-from .state import weights, zero_row
+from .state import run_plan, weights, zero_row
 from .targets.parts import TargetTensor
 from .targets.trtllm import TrtllmRules
 from .targets.trtllm_config import padded_vocab_size
+from .trtllm_layers import MODULES, to_megatron
 
 EMBEDDING, POSITIONS = "transformer.vocab_embedding.weight", "transformer.position_embedding.weight"
 OUTPUT = "lm_head.weight"
@@ -110,7 +109,7 @@ class SingleDeviceTRTLLMModelWeightsConverter(WeightsConverter):
         return build(targets, example.new_empty)
 
     def _store(self, plan: list[Planned]) -> None:
-        choose(self.backend, plan[0].dst.device)([m for one in plan for m in one.moves])
+        run_plan(plan, self.backend)
         for planned in plan:
             self.trtllm_model_weights[planned.name] = planned.dst
         if EMBEDDING in self.trtllm_model_weights and self.export_config.use_parallel_embedding:

@@ -149,6 +149,11 @@ class ModelSpec:
         return self.add_bias_linear or self.mlp_bias
 
     @property
+    def norm_shift(self) -> float:
+        """What is added to a stored norm weight to get the true one."""
+        return 1.0 if self.layernorm_zero_centered_gamma else 0.0
+
+    @property
     def local_experts(self) -> int:
         """Experts that are here: all, unless this describes a shard."""
         return self.num_local_experts or self.num_moe_experts

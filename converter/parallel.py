@@ -32,14 +32,7 @@ class Parallel:
 
     def __post_init__(self) -> None:
         for kind in ("tp", "pp"):
-            size, rank = getattr(self, f"{kind}_size"), getattr(self, f"{kind}_rank")
-            if not (is_whole(rank) and is_whole(size)):
-                raise RecipeError(
-                    f"{kind}_rank and {kind}_size must be whole numbers, found {rank!r} and "
-                    f"{size!r}"
-                )
-            if not 0 <= rank < size:
-                raise RecipeError(f"{kind}_rank {rank} is outside {kind}_size {size}")
+            check_rank(kind, getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size"))
         if self.ep_size < 1 or self.tp_size % self.ep_size:
             raise RecipeError(f"ep_size {self.ep_size} does not divide tp_size {self.tp_size}")
 
@@ -60,6 +53,16 @@ class Parallel:
             tp_group,
             pp_group,
         )
+
+
+def check_rank(kind: str, rank: int, size: int) -> None:
+    """Raise RecipeError unless `rank` is one of `size`; `kind` goes before both in messages."""
+    if not (is_whole(rank) and is_whole(size)):
+        raise RecipeError(
+            f"{kind}_rank and {kind}_size must be whole numbers, found {rank!r} and {size!r}"
+        )
+    if not 0 <= rank < size:
+        raise RecipeError(f"{kind}_rank {rank} is outside {kind}_size {size}")
 
 
 def current_parallel() -> Parallel:

@@ -17,9 +17,10 @@ import torch.distributed as dist
 from fuseport.kernels.move import Move
 from fuseport.kernels.quant import NvScale, Regional, Scheme, placed
 
+from .backend import Make
 from .codes import Box, own_scheme, scales_of
 from .exchange import operation
-from .feeds import Batch, Feed, Make, Source, Workspace, padded
+from .feeds import Batch, Feed, Source, Workspace, padded
 from .plan import bind, storage_key
 from .refit_amax import Merge, shared_amaxes, takes_part
 from .transfers import Message, Part, Wanted, carve, elements_of, messages
@@ -126,11 +127,6 @@ class Pass:
         self._merge: Merge | None = None
         if shared and here.group is not None:
             self._merge = Merge(shared, self._real, here.group, here.device)
-
-    @property
-    def is_collective(self) -> bool:
-        """True if this process sends or receives, or merges amaxes with others."""
-        return bool(self._posts) or self._merge is not None
 
     def run(self) -> None:
         """Fill the outputs, on the current stream."""

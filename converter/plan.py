@@ -6,9 +6,9 @@ A plan is made of views only. Over real tensors its moves can be run as they are
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 
@@ -16,6 +16,8 @@ from fuseport.kernels.move import GivenScale, Move
 
 from .layout import Shape, pairs, shape_of
 from .targets.parts import TargetTensor
+
+_Item = TypeVar("_Item")
 
 
 class Allocate(Protocol):
@@ -122,22 +124,34 @@ def bind(view: torch.Tensor, memory: torch.Tensor, first: int) -> torch.Tensor:
     return memory.as_strided(view.shape, view.stride(), offset)
 
 
+def batched(
+    items: Iterable[_Item], cost: Callable[[_Item], int], limit: int
+) -> Iterator[list[_Item]]:
+    """Consecutive items that cost at most `limit` together; one that costs more comes alone."""
+    batch: list[_Item] = []
+    total = 0
+    for item in items:
+        own = cost(item)
+        if batch and total + own > limit:
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += own
+    if batch:
+        yield batch
+
+
 def batches(plan: Iterable[Planned], limit: int) -> Iterator[list[Planned]]:
     """Consecutive tensors of at most `limit` bytes together; a larger one comes alone.
 
     A group stays together, however large it is.
     """
-    batch: list[Planned] = []
-    size = 0
-    for unit in _units(list(plan)):
-        nbytes = sum(planned.nbytes for planned in unit)
-        if batch and size + nbytes > limit:
-            yield batch
-            batch, size = [], 0
-        batch += unit
-        size += nbytes
-    if batch:
-        yield batch
+    for units in batched(_units(list(plan)), _nbytes, limit):
+        yield [planned for unit in units for planned in unit]
+
+
+def _nbytes(unit: Iterable[Planned]) -> int:
+    return sum(planned.nbytes for planned in unit)
 
 
 def _units(tensors: list[Planned]) -> Iterator[list[Planned]]:

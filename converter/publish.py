@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import fcntl
+import glob
 import os
 import secrets
 import shutil
@@ -145,13 +146,9 @@ def _clear(directory: Path) -> None:
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
-
-
 def _beside(out: Path, kind: str) -> list[Path]:
     """Directories that an earlier run, or one that is alive, made beside `out`."""
-    found = sorted(out.parent.glob(f"{_escaped(out.name)}.{kind}-*"))
+    found = sorted(out.parent.glob(f"{glob.escape(out.name)}.{kind}-*"))
     return [one for one in found if one.is_dir() and not one.is_symlink()]
 
 

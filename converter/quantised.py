@@ -11,12 +11,13 @@ import torch
 from fuseport.kernels.move import Move
 
 from .errors import RecipeError, ScaleError
-from .formats import Format, Place, ScaleTensor
+from .formats import Format, Place
 from .given import Given, GroupScales
 from .layout import pairs, shape_of
 from .plan import Allocate, Planned, filled, on_meta
 from .stored_codes import Codes, Kept, same_scheme
 from .targets.parts import TargetTensor
+from .targets.profiles import ScaleTensor
 
 
 @dataclass(frozen=True)

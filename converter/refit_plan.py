@@ -25,15 +25,13 @@ from .scales import ScaleTable
 from .shards import Held, Place, everywhere, kinds_of, whole_names, whole_tensors
 from .sources.further import without_further
 from .sources.megatron import read_model
-from .state import check_complete, weights, zero_row
+from .state import PADDING, check_complete, weights, zero_row
 from .targets.table import TARGETS
 from .targets.target import Task
 from .transfers import Wanted, wanted
 
-# The name of the zeros that fill a padded vocabulary.
-PADDING = "(zero rows)"
-# From `_build` up to who made the `Refit`, through what is around the two functions between.
-_CALLER = 6
+# From `_build` up to who made the `Refit`, through what is around the functions between.
+_CALLER = 7
 
 
 @dataclass(frozen=True)
@@ -95,6 +93,19 @@ def plan_refit(
     _check_same(offers)
     weights(source)
     filled = [_ranks(one, number, len(offers)) for number, one in enumerate(offers)]
+    targets, constants = _targets(offers, filled, scales)
+    return RefitPlan(
+        targets, whole_names(offer.held, spec), filled[process], constants, process, len(offers)
+    )
+
+
+def _targets(
+    offers: Sequence[_Offer],
+    filled: Sequence[tuple[int, ...]],
+    scales: Mapping[str, GivenScale] | None,
+) -> tuple[tuple[Wanted, ...], Mapping[str, torch.Tensor]]:
+    """What the processes fill together, the same on each of them; and what never changes."""
+    spec, recipe = offers[0].spec, offers[0].recipe
     wholes = whole_tensors([one.held for one in offers], spec)
     meta = {n: torch.empty(w.shape, dtype=w.dtype, device="meta") for n, w in wholes.items()}
     TARGETS[recipe.target].check(spec, recipe)
@@ -110,10 +121,7 @@ def plan_refit(
         sources[key] = name, everywhere(constants.values[name], len(offers))
     targets = tuple(wanted(planned, sources, filled))
     check_filled(targets, filled)
-    return RefitPlan(
-        targets, whole_names(offer.held, spec), filled[process],
-        constants.values, process, len(offers),
-    )  # fmt: skip
+    return targets, constants.values
 
 
 @dataclass(frozen=True)

@@ -36,40 +36,42 @@ class _Source:
     @property
     def grid(self) -> torch.Tensor:
         """The stored scales, [blocks down, blocks across]."""
-        return (
-            self.stored.scales.view(1, 1)
-            if self.stored.scheme == "tensor"
-            else (self.stored.scales)
-        )
+        scales = self.stored.scales
+        return scales.view(1, 1) if self.stored.scheme == "tensor" else scales
 
 
 def relay(
-    targets: Iterable[TargetTensor], stored: Mapping[int, StoredFp8], scheme: str | None
+    targets: Iterable[TargetTensor], stored: Mapping[int, StoredFp8], quant: str
 ) -> tuple[dict[tuple[int, str], torch.Tensor], set[int]]:
-    """The scales of the targets whose codes can be copied.
+    """Which codes can be copied, and their scales in the result.
 
     Args:
-        targets: the linears that are quantised and have a stored weight among their sources.
+        targets: the linears that are quantised.
         stored: by the storage of their codes.
-        scheme: of the result; None if nothing is quantised.
+        quant: the recipe's.
 
     Returns:
-        (rank, name) → scales [regions down, regions across], and the storages of the weights that
-        have to be dequantised: with one of a fused group, all of it.
+        (rank, name) → scales [regions down, regions across], and the storages of the weights whose
+        codes are copied: with one of a fused group that cannot be, none of it is.
     """
+    scheme = SAME.get(quant)
     groups: dict[str, list[TargetTensor]] = {}
     for target in targets:
-        groups.setdefault(target.group, []).append(target)
+        if stored.keys() & sources_of(target):
+            groups.setdefault(target.group, []).append(target)
     scales: dict[tuple[int, str], torch.Tensor] = {}
+    copied: set[int] = set()
     others: set[int] = set()
     for members in groups.values():
         found = {(one.rank, one.name): _scales(one, stored, scheme) for one in members}
         kept = {key: value for key, value in found.items() if value is not None}
+        sources = set().union(*map(sources_of, members))
         if len(kept) == len(found) and _agree(list(kept.values()), scheme):
             scales |= kept
+            copied |= sources
         else:
-            others |= set().union(*(sources_of(one) for one in members))
-    return scales, others & stored.keys()
+            others |= sources
+    return scales, copied - others
 
 
 def sources_of(target: TargetTensor) -> set[int]:

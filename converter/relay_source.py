@@ -19,7 +19,7 @@ from .model import ModelSpec
 from .plan import storage_key
 from .quantise import to_quantise
 from .recipe import Recipe
-from .relay import SAME, relay, sources_of
+from .relay import SAME, relay
 from .sources.dequantised import Dequantised, read_whole
 from .sources.megatron import read_model
 from .sources.source import Source
@@ -50,9 +50,7 @@ def with_codes(
     weights = {key: _weight(one) for key, one in found.items()}
     task = Task(model, spec, recipe, zero_row(model, spec, torch.device("meta")))
     targets = to_quantise(list(TARGETS[recipe.target].rules(task)), recipe)
-    of_weights = [one for one in targets if weights.keys() & sources_of(one)]
-    scales, others = relay(of_weights, weights, SAME.get(recipe.quant))
-    copied = set().union(*(sources_of(one) for one in of_weights)) & weights.keys() - others
+    scales, copied = relay(targets, weights, recipe.quant)
     twins = {key: torch.empty_like(one, device="meta") for key, one in scales.items()}
     places = {storage_key(twins[key]): _in_memory(key[1], one) for key, one in scales.items()}
     exchanged = _exchanged(source, {key: found[key].codes for key in copied}, places)

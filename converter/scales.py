@@ -173,10 +173,7 @@ def table_of(entries: object, origin: str) -> ScaleTable:
     Raises:
         ScaleError: as `read_scales`.
     """
-    if not isinstance(entries, dict):
-        raise ScaleError(f"{origin}: expected an object of modules, found {type(entries).__name__}")
-    scales = {str(name): _module(one, f"{origin}: {name}") for name, one in entries.items()}
-    return ScaleTable(scales, origin)
+    return ScaleTable(_modules(entries, origin), origin)
 
 
 def _read_json(path: Path) -> dict[str, ModuleScales]:
@@ -193,9 +190,13 @@ def _read_json(path: Path) -> dict[str, ModuleScales]:
         content = json.loads(path.read_bytes(), object_pairs_hook=once)
     except (ValueError, RecursionError, OSError) as error:
         raise CorruptSourceError(f"{path}: not readable as JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ScaleError(f"{path}: expected an object of modules, found {type(content).__name__}")
-    return {name: _module(scales, f"{path}: {name}") for name, scales in content.items()}
+    return _modules(content, str(path))
+
+
+def _modules(entries: object, origin: str) -> dict[str, ModuleScales]:
+    if not isinstance(entries, dict):
+        raise ScaleError(f"{origin}: expected an object of modules, found {type(entries).__name__}")
+    return {str(name): _module(one, f"{origin}: {name}") for name, one in entries.items()}
 
 
 def _module(scales: object, what: str) -> ModuleScales:

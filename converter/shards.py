@@ -7,22 +7,18 @@ tensors, so that nothing else has to be agreed on. Megatron-Core's cuts are in `
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
 
 from .errors import RecipeError, ShapeError
-from .facts import is_whole
 from .layout import Shape
-from .megatron_names import unwrapped
 from .model import ModelSpec
+from .parallel import check_rank
 from .sources.cuts import Cut, cut_of, numbered_expert
-from .sources.megatron_names import IGNORED
+from .sources.megatron_names import IGNORED, layer_name, layer_of, unwrapped
 from .sources.tiling import check_tiling
-
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,13 +53,7 @@ class Place:
             "ep": (self.ep_rank, self.ep_size),
             "expert_tp": self.share(True),
         }.items():
-            if not (is_whole(rank) and is_whole(size)):
-                raise RecipeError(
-                    f"{kind}_rank and {kind}_size must be whole numbers, found {rank!r} "
-                    f"and {size!r}"
-                )
-            if not 0 <= rank < size:
-                raise RecipeError(f"{kind}_rank {rank} is outside {kind}_size {size}")
+            check_rank(kind, rank, size)
 
     def share(self, expert: bool) -> tuple[int, int]:
         """(rank, size) of those who share an expert's tensor, or any other."""
@@ -158,9 +148,9 @@ def whole_names(held: Held, spec: ModelSpec) -> dict[str, str]:
     experts = spec.num_moe_experts // held.place.ep_size
     result = {}
     for own in held.kinds:
-        name, match = unwrapped(own), _LAYER.match(unwrapped(own))
-        if match is not None:
-            name = f"decoder.layers.{held.place.layer(spec) + int(match[1])}.{match[2]}"
+        name = unwrapped(own)
+        if (place := layer_of(name)) is not None:
+            name = layer_name(held.place.layer(spec) + place[0], place[1])
         result[numbered_expert(name, held.place.ep_rank * experts, experts)] = own
     return {name: own for name, own in result.items() if not any(one in name for one in IGNORED)}
 

@@ -8,7 +8,6 @@ of transfers, and only layers that change their rank travel, whole and unconvert
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +17,8 @@ import torch.distributed as dist
 from .errors import MissingTensorError, RecipeError, UnknownTensorError
 from .exchange import operation, run_operations
 from .parallel import Parallel
+from .sources.megatron_names import layer_name, layer_of
 from .targets.trtllm_config import pp_layers
-
-_LAYER = re.compile(r"^decoder\.layers\.(\d+)\.(.+)$")
 
 
 @dataclass(frozen=True)
@@ -106,9 +104,8 @@ def chunks_as_one(
     result: dict[str, torch.Tensor] = {}
     for chunk, tensors in enumerate(chunks):
         for name in _checked(tensors, pp_rank, chunk, size):
-            match = _LAYER.match(name)
-            first = (chunk * pp_size + pp_rank) * size
-            whole = f"decoder.layers.{first + int(match[1])}.{match[2]}" if match else name
+            place, first = layer_of(name), (chunk * pp_size + pp_rank) * size
+            whole = name if place is None else layer_name(first + place[0], place[1])
             if whole in result:
                 raise UnknownTensorError(
                     f"{name} is in two chunks of pipeline rank {pp_rank}; only one can have it"
@@ -183,8 +180,8 @@ def _chunk_size(ranks: Sequence[Held], num_layers: int) -> int:
 
 def _checked(names: Iterable[str], rank: int, chunk: int, size: int) -> Iterator[str]:
     for name in names:
-        match = _LAYER.match(name)
-        if match is not None and int(match[1]) >= size:
+        place = layer_of(name)
+        if place is not None and place[0] >= size:
             raise RecipeError(
                 f"{name} in chunk {chunk} of pipeline rank {rank}: chunks have {size} layers, "
                 f"numbered from 0; give chunks of equal sizes, each with its own numbers"
@@ -196,13 +193,13 @@ def _passed(
     holder: int, chunk: int, name: str, kind: Kind, first: int, stages: Sequence[range]
 ) -> Passed:
     """`first` is the number of the chunk's first layer in the whole model."""
-    match = _LAYER.match(name)
-    if match is None:
+    place = layer_of(name)
+    if place is None:
         # Embeddings are in the very first chunk, final norm and output in the last: in place.
         return Passed(holder, chunk, name, holder, name, kind)
-    layer = first + int(match[1])
+    layer = first + place[0]
     wanter, stage = next(pair for pair in enumerate(stages) if layer in pair[1])
-    result = f"decoder.layers.{layer - stage.start}.{match[2]}"
+    result = layer_name(layer - stage.start, place[1])
     return Passed(holder, chunk, name, wanter, result, kind)
 
 

@@ -20,15 +20,15 @@ from .errors import FuseportWarning, MissingTensorError
 from .given import Given, scale_table
 from .layout import shape_of
 from .logical import Model
-from .megatron_names import unwrapped
 from .model import ModelSpec
 from .plan import Allocate, Planned, moves_of, storage_key
 from .quantise import Builder, builder, to_quantise
 from .recipe import Recipe
-from .relay import SAME, relay, sources_of
+from .relay import relay
 from .repeats import Repeats
 from .sources.further import without_further
 from .sources.megatron import read_model
+from .sources.megatron_names import unwrapped
 from .sources.stored_fp8 import StoredFp8, dequantise, is_stored_fp8, read_stored_fp8
 from .targets.parts import TargetTensor
 from .targets.table import TARGETS, te_table
@@ -36,6 +36,8 @@ from .targets.target import Task
 
 # Elements of which the launch takes longer than the planning of as many.
 PART = 1 << 31
+# The name of the zeros that fill a padded vocabulary, where a source tensor's name is shown.
+PADDING = "(zero rows)"
 # From a helper up to who called `convert_state_dict`, through the function and what is around it.
 _CALLER = 4
 
@@ -107,6 +109,7 @@ def _filled(
     return ranks
 
 
+@collector.paused()
 def plan_memory(
     tensors: Mapping[str, torch.Tensor],
     model: Model,
@@ -114,16 +117,10 @@ def plan_memory(
     recipe: Recipe,
     scales: Mapping[str, GivenScale] | None = None,
     allocate: Allocate | None = None,
-    states: Mapping[str, object] | None = None,
-    relaid: Mapping[tuple[int, str], torch.Tensor] | None = None,
 ) -> list[Planned]:
-    """Plan over real tensors; by default the target's are on the same device, not yet filled.
-
-    `states` are a state dict's `_extra_state` entries, among others, for `recipe.scales`;
-    `relaid` are the scales of weights that are fp8 already, by rank and name.
-    """
-    targets, make = prepare(tensors, model, spec, recipe, scales, allocate, states, relaid)
-    plan = _planned(targets, make)
+    """Plan over real tensors; by default the target's are on the same device, not yet filled."""
+    targets, make = prepare(tensors, model, spec, recipe, scales, allocate)
+    plan = [planned for target in targets for planned in make.plan(target)]
     _finish(make.given, recipe)
     return plan
 
@@ -139,18 +136,17 @@ def prepare(
     states: Mapping[str, object] | None = None,
     relaid: Mapping[tuple[int, str], torch.Tensor] | None = None,
 ) -> tuple[list[TargetTensor], Builder]:
-    """What is to be made, and what plans it; see `plan_memory`."""
+    """What is to be made, and what plans it.
+
+    `states` are a state dict's `_extra_state` entries, among others, for `recipe.scales`;
+    `relaid` are the scales of weights that are fp8 already, by rank and name.
+    """
     example = next(iter(tensors.values()))
     task = Task(model, spec, recipe, zero_row(model, spec, example.device), scales)
     targets = list(TARGETS[recipe.target].rules(task))
     given = given_in_memory(task, example.device, states or {})
     given.relaid = relaid or {}
     return targets, builder(targets, recipe, allocate or example.new_empty, given)
-
-
-@collector.paused()
-def _planned(targets: Sequence[TargetTensor], make: Builder) -> list[Planned]:
-    return [planned for target in targets for planned in make.plan(target)]
 
 
 def _finish(given: Given, recipe: Recipe) -> None:
@@ -213,10 +209,8 @@ def _relay(
     stored = {key: found[name] for key, name in by_storage.items()}
     model = read_model(twins, spec, StoredClaims)
     task = Task(model, spec, recipe, zero_row(model, spec, torch.device("meta")))
-    targets = list(TARGETS[recipe.target].rules(task))
-    of_stored = [one for one in to_quantise(targets, recipe) if stored.keys() & sources_of(one)]
-    scales, others = relay(of_stored, stored, SAME.get(recipe.quant))
-    copied = set().union(*(sources_of(one) for one in of_stored)) - others
+    targets = to_quantise(list(TARGETS[recipe.target].rules(task)), recipe)
+    scales, copied = relay(targets, stored, recipe.quant)
     names = sorted(by_storage[key] for key in stored.keys() - copied)
     if names:
         warnings.warn(

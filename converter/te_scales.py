@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from .errors import ScaleError
 from .hf_family import Family
-from .megatron_names import unwrapped
 from .scales import ModuleScales, ScaleTable
+from .sources.megatron_names import unwrapped
 from .sources.te_state import TeState, decode_te_state, join
 
 
@@ -86,16 +86,13 @@ def family_modules(family: Family, linear: Linear) -> list[str]:
     return [names[0] for names in found if names]
 
 
-def from_te_states(
-    states: Mapping[str, object], order: str | None = None, ep_size: int = 1
-) -> TeScales:
+def from_te_states(states: Mapping[str, object], ep_size: int = 1) -> TeScales:
     """Decode every `_extra_state` entry of a state dict.
 
     Args:
         states: by Megatron-Core's names with the whole model's layer numbers; other entries of
             the state dict may be among them. `…_extra_state`, `…_extra_state1`, … are the pieces
             of one grouped linear's state: the number is a piece's first expert.
-        order: of a grouped linear's scales, where the states do not show it (see `te_state`).
         ep_size: the expert-parallel ranks that each wrote an equal run of a grouped linear's
             experts: Megatron-Core cuts a rank's state up, not the whole model's.
 
@@ -109,7 +106,7 @@ def from_te_states(
         if "_extra_state" not in name:
             continue
         place = _place(name)
-        state = None if place is None else decode_te_state(value, name, order)
+        state = None if place is None else decode_te_state(value, name)
         if place is None or state is None:
             ignored[name] = "no scales" if place else "not a linear whose weight is quantised"
             continue

@@ -28,7 +28,7 @@ from .checkpoint import (
     read_json,
     tensor_digests,
 )
-from .checkpoint_plan import PADDING, CheckpointPlan, plan_checkpoint
+from .checkpoint_plan import CheckpointPlan, plan_checkpoint
 from .coverage import uses
 from .errors import FuseportError, VerificationError
 from .given import GIVEN
@@ -40,6 +40,7 @@ from .recipe import Recipe
 from .rederive import Piece, Rederive, read_view
 from .sources.stored import FileRange, Stored, close_files
 from .sources.stored import Piece as Box
+from .state import PADDING
 
 Progress = Callable[[int], None]
 

@@ -18,7 +18,7 @@ from .cuts import Cut, Run, cuts, read_bytes
 from .errors import RecipeError
 from .limits import MOST_FILES, threads
 from .loads import ALIGNMENT, SLACK, Loads, plan_loads
-from .plan import Planned, storage_key
+from .plan import Planned, batched, storage_key
 from .sources.stored import Stored
 
 
@@ -166,21 +166,8 @@ def _two_passes(
     """Windows over all that shares amaxes, which measure; then windows over what is filled."""
     shared = Shared()
     for measures, pieces in ((True, whole), (False, own)):
-        for batch in _batches(pieces, limit):
+        for batch in batched(pieces, _cost, limit):
             yield _window(batch, stored, limit, shared, measures)
-
-
-def _batches(pieces: list[Cut], limit: int) -> Iterator[list[Cut]]:
-    batch: list[Cut] = []
-    size = 0
-    for piece in pieces:
-        if batch and size + _cost(piece) > limit:
-            yield batch
-            batch, size = [], 0
-        batch.append(piece)
-        size += _cost(piece)
-    if batch:
-        yield batch
 
 
 def _cost(cut: Cut) -> int:

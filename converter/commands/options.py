@@ -23,6 +23,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print the answer as JSON, an
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print nothing but warnings and errors.")
 ]
+HostMemory = Annotated[str, typer.Option(help="Most private memory of the process.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more details.")]
 
 
@@ -34,6 +35,3 @@ def words(known: Sequence[str]) -> Callable[[], list[str]]:
 def listed(known: Sequence[str]) -> str:
     """Words for a help text: "a, b or c"."""
     return f"{', '.join(known[:-1])} or {known[-1]}"
-
-
-HostMemory = Annotated[str, typer.Option(help="Most private memory of the process.")]

@@ -47,7 +47,7 @@ def _roles(planned: Planned, atlas: Atlas) -> list[Role]:
 
 @dataclass(frozen=True)
 class Grid:
-    """A number for each layer (row) and part (column); None where there is none."""
+    """A number for each layer (row) and part (column) that has one."""
 
     rows: list[int]
     columns: list[str]

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
+
+import torch
 
 from ..checkpoint_plan import CheckpointPlan
 from ..plan import Planned
@@ -23,13 +26,10 @@ class Matrix:
     dtype: str
 
     @classmethod
-    def of(cls, name: str, shape: tuple[int, ...], dtype: object) -> Matrix:
+    def of(cls, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Matrix:
         """A tensor's rows are all its axes but the last."""
         columns = shape[-1] if shape else 1
-        rows = 1
-        for size in shape[:-1]:
-            rows *= size
-        return cls(name, rows, columns, str(dtype).removeprefix("torch."))
+        return cls(name, math.prod(shape[:-1]), columns, str(dtype).removeprefix("torch."))
 
 
 @dataclass

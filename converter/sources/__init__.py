@@ -1,1 +1,1 @@
-"""Where weights come from: Megatron-Core, in memory and on disk."""
+"""Where weights come from: Megatron-Core, in memory and on disk, and Hugging Face's files."""

@@ -7,7 +7,7 @@ codes and scales as they are instead (`stored_codes.py`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import torch
 
@@ -109,6 +109,14 @@ class Dequantised(Stored):
             scales = decode_e8m0(scales)
         flat = self.packing.decode(codes, scales).view(-1)
         out.copy_(flat[start - first * columns : stop - first * columns])
+
+
+def dequantised(name: str, codes: Stored, scales: Stored, packing: Packing) -> Dequantised:
+    """A weight of codes [o, i] and their scales, of the packing's grid."""
+    checked = Scales(**{one.name: getattr(scales, one.name) for one in fields(Stored)})
+    return Dequantised(
+        name, codes.shape, torch.float32, (), codes=codes, scales=checked, packing=packing
+    )
 
 
 def read_whole(stored: Stored) -> torch.Tensor:

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TypeVar
 
-from ..megatron_names import unwrapped
 from ..model import ModelSpec
-from .megatron_names import FURTHER
+from .megatron_names import FURTHER, unwrapped
 
 Value = TypeVar("Value")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -24,6 +24,7 @@ from ..logical import (
 from ..model import ModelSpec
 
 Sizes = tuple[int | None, ...]
+Biases = tuple[torch.Tensor | None, torch.Tensor | None]
 
 
 def read_hf_model(tensors: Mapping[str, torch.Tensor], spec: ModelSpec, family: Family) -> Model:
@@ -91,8 +92,7 @@ class _Layer:
 
     def norm(self, part: str, size: int) -> Norm:
         bias = self.bias(part, size, self.spec.normalization == "LayerNorm")
-        shift = 1.0 if self.spec.layernorm_zero_centered_gamma else 0.0
-        return Norm(self.need(part, (size,)), bias, shift)
+        return Norm(self.need(part, (size,)), bias, self.spec.norm_shift)
 
     def maybe_norm(self, part: str, size: int) -> Norm | None:
         return self.norm(part, size) if self.family.module(part) else None
@@ -225,9 +225,12 @@ class _Layer:
         gate, up = rows.chunk(2)
         return gate, up
 
-    def expert_biases(self, count: int, width: int, hidden: int):  # type: ignore[no-untyped-def]
+    def expert_biases(
+        self, count: int, width: int, hidden: int
+    ) -> tuple[Sequence[Biases], Sequence[torch.Tensor | None]]:
+        """Of gate and up, and of down, for each expert."""
         if not self.spec.has_mlp_bias:
             return [(None, None)] * count, [None] * count
         first = self.need("experts.gate_up_bias", (count, 2 * width))
         second = self.need("experts.down_bias", (count, hidden))
-        return [self.halves(one) for one in first.unbind(0)], list(second.unbind(0))
+        return [self.halves(one) for one in first.unbind(0)], second.unbind(0)

@@ -6,7 +6,6 @@ ModelOpt's `hf_quant_config.json`, which goes before `config.json` where both ar
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import torch
 
 from ..errors import MissingTensorError, ShapeError, SourceError, UnsupportedOptionError
-from .dequantised import PACKINGS, Dequantised, Packing, Scales
+from .dequantised import PACKINGS, Dequantised, Packing, dequantised
 from .safetensors_file import read_object
 from .stored import Stored
 
@@ -140,7 +139,4 @@ def _dequantised(codes: Stored, scales: Stored, packing: Packing) -> Dequantised
             f"{scales.name} is {scales.dtype} {list(scales.shape)}, expected {down} × {across} "
             f"scales for {codes.name} {list(codes.shape)} quantised as {packing.quant}"
         )
-    checked = Scales(**{f.name: getattr(scales, f.name) for f in dataclasses.fields(Stored)})
-    return Dequantised(
-        codes.name, codes.shape, torch.float32, (), codes=codes, scales=checked, packing=packing
-    )
+    return dequantised(codes.name, codes, scales, packing)

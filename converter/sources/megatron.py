@@ -89,12 +89,8 @@ class _Reader:
         prefix, hidden = f"{FURTHER}layers.{index}.", self.spec.hidden_size
         scope = _Scope(self.claims, prefix, self.spec)
         token, state, last = (
-            scope.norm(f"further.{part}", hidden, True)
-            for part in ("token_norm", "hidden_norm", "norm")
+            scope.norm(f"further.{part}", hidden) for part in ("token_norm", "hidden_norm", "norm")
         )
-        assert token is not None
-        assert state is not None
-        assert last is not None
         inner = next((one for one in FURTHER_LAYER if self.claims.has(prefix + one)), "")
         return Further(
             layer=self._layer(self.spec.num_layers + index, prefix + (inner or FURTHER_LAYER[0])),
@@ -115,7 +111,7 @@ class _Reader:
             return None
         expected = self.spec.normalization == "LayerNorm"
         bias = self.claims.want(SPELLINGS["final_norm.bias"], (self.spec.hidden_size,), expected)
-        return Norm(weight, bias, self._shift())
+        return Norm(weight, bias, self.spec.norm_shift)
 
     def _output(self) -> torch.Tensor | None:
         """A tied model's last pipeline stage keeps a copy of the embedding: it is not output."""
@@ -123,17 +119,14 @@ class _Reader:
         return None if self.spec.share_embeddings_and_output_weights else output
 
     def _layer(self, index: int, prefix: str) -> Layer:
-        block = self.spec.block(index)
+        block, hidden = self.spec.block(index), self.spec.hidden_size
         scope = _Scope(self.claims, prefix, self.spec)
         return Layer(
-            input_norm=scope.norm("input_norm", self.spec.hidden_size, _if_full(block.attention)),
+            input_norm=scope.maybe_norm("input_norm", hidden, _if_full(block.attention)),
             attention=self._attention(scope, block),
-            mlp_norm=scope.norm("mlp_norm", self.spec.hidden_size, _if_full(block.mlp)),
+            mlp_norm=scope.maybe_norm("mlp_norm", hidden, _if_full(block.mlp)),
             mlp=self._mlp(scope, block, index),
         )
-
-    def _shift(self) -> float:
-        return 1.0 if self.spec.layernorm_zero_centered_gamma else 0.0
 
     def _attention(
         self, scope: _Scope, block: Block
@@ -151,8 +144,8 @@ class _Reader:
             q, k, v,
             out=out.unflatten(1, (groups, heads // groups, head)),
             out_bias=scope.take("out.bias", (self.spec.hidden_size,), self.spec.add_bias_linear),
-            q_norm=scope.norm("q_norm", head, self.spec.qk_layernorm),
-            k_norm=scope.norm("k_norm", head, self.spec.qk_layernorm),
+            q_norm=scope.maybe_norm("q_norm", head, self.spec.qk_layernorm),
+            k_norm=scope.maybe_norm("k_norm", head, self.spec.qk_layernorm),
         )  # fmt: skip
 
     def _mlp(self, scope: _Scope, block: Block, index: int) -> Mlp | Moe | Linear | None:
@@ -197,13 +190,16 @@ class _Scope:
             return self.claims.take(keys, shape)
         return self.claims.want(keys, shape, expected)
 
-    def norm(self, part: str, size: int, expected: bool | None) -> Norm | None:
+    def norm(self, part: str, size: int) -> Norm:
+        return self._norm(part, self.need(f"{part}.weight", (size,)), size)
+
+    def maybe_norm(self, part: str, size: int, expected: bool | None) -> Norm | None:
         weight = self.take(f"{part}.weight", (size,), expected)
-        if weight is None:
-            return None
-        shift = 1.0 if self.spec.layernorm_zero_centered_gamma else 0.0
+        return None if weight is None else self._norm(part, weight, size)
+
+    def _norm(self, part: str, weight: torch.Tensor, size: int) -> Norm:
         bias = self.take(f"{part}.bias", (size,), self.spec.normalization == "LayerNorm")
-        return Norm(weight, bias, shift)
+        return Norm(weight, bias, self.spec.norm_shift)
 
     def linear(self, part: str, block: Block) -> Linear:
         hidden = self.spec.hidden_size
@@ -213,10 +209,9 @@ class _Scope:
         """linear_qkv's rows are, for each query group: its query heads, then its key and value."""
         heads, head = self.spec.num_attention_heads, self.spec.kv_channels
         rows = (heads + 2 * groups) * head
-        bias = self.spec.add_bias_linear or self.spec.add_qkv_bias
         weight = self.need("qkv.weight", (rows, self.spec.hidden_size))
         parts = split_qkv(weight, groups, head)
-        vector = self.take("qkv.bias", (rows,), bias)
+        vector = self.take("qkv.bias", (rows,), self.spec.has_qkv_bias)
         biases = (None,) * 3 if vector is None else split_qkv(vector, groups, head)
         q, k, v = (Projection(w, b) for w, b in zip(parts, biases, strict=True))
         return q, k, v
@@ -237,8 +232,7 @@ class _Scope:
         )
 
     def low_rank(self, part: str, down: int, rank: int, rows: int) -> LowRank:
-        norm = self.norm(f"{part}_down_norm", rank, True)
-        assert norm is not None
+        norm = self.norm(f"{part}_down_norm", rank)
         return LowRank(
             down=self.need(f"{part}_down.weight", (down, self.spec.hidden_size)),
             norm=norm,
@@ -248,17 +242,18 @@ class _Scope:
     def mlp(self, kind: str, width: int, expert: int = 0) -> Mlp:
         hidden, bias = self.spec.hidden_size, self.spec.add_bias_linear
 
-        def find(part: str, shape: tuple[int, ...], expected: bool | None) -> torch.Tensor | None:
+        def take(part: str, shape: tuple[int, ...], expected: bool | None) -> torch.Tensor | None:
             return self._find(mlp_spellings(kind, part, expert), shape, expected)
 
-        down = find("fc2", (hidden, width), True)
-        assert down is not None
-        down_bias = find("fc2.bias", (hidden,), bias)
+        def need(part: str, shape: tuple[int, ...]) -> torch.Tensor:
+            return self.claims.need(self._keys(mlp_spellings(kind, part, expert)), shape)
+
+        down = need("fc2", (hidden, width))
+        down_bias = take("fc2.bias", (hidden,), bias)
         if not self.spec.gated_linear_unit:
-            weight = find("fc1", (width, hidden), True)
-            assert weight is not None
-            return Mlp(None, Half(weight, find("fc1.bias", (width,), bias)), down, down_bias)
-        gate, up = gate_and_up(find, width, hidden, bias)
+            up = Half(need("fc1", (width, hidden)), take("fc1.bias", (width,), bias))
+            return Mlp(None, up, down, down_bias)
+        gate, up = gate_and_up(take, need, width, hidden, bias)
         return Mlp(gate, up, down, down_bias)
 
     def experts(self) -> tuple[Mlp, ...]:

@@ -7,6 +7,7 @@ and without Transformer Engine and in each checkpoint layout, keeps it. `{e}` is
 from __future__ import annotations
 
 import functools
+import re
 
 SPELLINGS: dict[str, tuple[str, ...]] = {
     "embedding": ("embedding.word_embeddings.weight",),
@@ -118,6 +119,26 @@ IGNORED: dict[str, str] = {
     ".rng_state": "state of a random generator",
     "local_tokens_per_expert": "statistics of the router, no weight",
 }
+
+_WRAPPERS = re.compile(r"(?:module\.|model\.)+")
+_LAYER = re.compile(r"decoder\.layers\.(\d+)\.(.+)")
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without what wrappers, one around the other, put before it."""
+    match = _WRAPPERS.match(name)
+    return name if match is None else name[match.end() :]
+
+
+def layer_of(name: str) -> tuple[int, str] | None:
+    """A tensor's layer, and its name there; None outside of the layers."""
+    match = _LAYER.fullmatch(name)
+    return None if match is None else (int(match[1]), match[2])
+
+
+def layer_name(layer: int, name: str) -> str:
+    """What a tensor of a layer is called in the model."""
+    return f"decoder.layers.{layer}.{name}"
 
 
 @functools.cache

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from ..logical import Half, Mlp
+
+# Find a part of an MLP by its name in `megatron_names`: where it is expected, or there at all;
+# where it must be.
+Take = Callable[[str, tuple[int, ...], bool | None], torch.Tensor | None]
+Need = Callable[[str, tuple[int, ...]], torch.Tensor]
 
 
 def split_qkv(tensor: torch.Tensor, groups: int, head: int) -> tuple[torch.Tensor, ...]:
@@ -14,21 +21,17 @@ def split_qkv(tensor: torch.Tensor, groups: int, head: int) -> tuple[torch.Tenso
     return per_group[:, :queries], per_group[:, queries], per_group[:, queries + 1]
 
 
-def gate_and_up(find, width: int, hidden: int, bias: bool) -> tuple[Half, Half]:  # type: ignore[no-untyped-def]
+def gate_and_up(take: Take, need: Need, width: int, hidden: int, bias: bool) -> tuple[Half, Half]:
     """Gate and up of a gated MLP: from one matrix [2F, H], or kept apart (weight_w, weight_v)."""
-    apart = find("fc1_gate", (width, hidden), None)
-    if apart is not None:
-        up = find("fc1_up", (width, hidden), True)
-        biases = (
-            find("fc1_gate.bias", (width,), bias),
-            find("fc1_up.bias", (width,), bias),
-        )
-        return Half(apart, biases[0]), Half(up, biases[1])
-    weight = find("fc1", (2 * width, hidden), True)
-    vector = find("fc1.bias", (2 * width,), bias)
-    weights = weight.chunk(2)
-    biases = (None, None) if vector is None else vector.chunk(2)
-    return Half(weights[0], biases[0]), Half(weights[1], biases[1])
+    gate = take("fc1_gate", (width, hidden), None)
+    if gate is not None:
+        up = need("fc1_up", (width, hidden))
+        gate_bias = take("fc1_gate.bias", (width,), bias)
+        return Half(gate, gate_bias), Half(up, take("fc1_up.bias", (width,), bias))
+    gate, up = need("fc1", (2 * width, hidden)).chunk(2)
+    vector = take("fc1.bias", (2 * width,), bias)
+    gate_bias, up_bias = (None, None) if vector is None else vector.chunk(2)
+    return Half(gate, gate_bias), Half(up, up_bias)
 
 
 def experts_first(first: torch.Tensor, halves: int) -> list[tuple[torch.Tensor, ...]]:

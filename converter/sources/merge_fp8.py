@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 import torch
 
 from ..errors import ScaleError, ShapeError, UnsupportedOptionError
-from .dequantised import PACKINGS, Dequantised, Packing, Scales
+from .dequantised import PACKINGS, Dequantised, Packing, dequantised
 from .stored import Piece, Stored
 from .stored_fp8 import QUANTS, StoredFp8
 
@@ -39,10 +38,7 @@ def merge_fp8(
     codes = merge({rank: one.codes for rank, one in shards.items()})
     grids = {rank: one.scales for rank, one in shards.items()}
     scales = _grid(codes, packing, grids, merge) if any(packing.region) else _single(name, grids)
-    checked = Scales(**{f.name: getattr(scales, f.name) for f in dataclasses.fields(Stored)})
-    return Dequantised(
-        name, codes.shape, torch.float32, (), codes=codes, scales=checked, packing=packing
-    )
+    return dequantised(name, codes, scales, packing)
 
 
 def _single(name: str, scales: Mapping[Rank, torch.Tensor]) -> Stored:

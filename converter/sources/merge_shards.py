@@ -20,18 +20,17 @@ from ..errors import (
     UnsupportedOptionError,
 )
 from .cuts import Cut, cut_of, is_expert, numbered_expert
+from .megatron_names import unwrapped
 from .merge_fp8 import merge_fp8
 from .stored import Piece, Shape, Stored
 from .stored_fp8 import StoredFp8
 from .tiling import check_tiling
 
+# Tensor-, pipeline- and expert-parallel rank.
 Rank = tuple[int, int, int]
-"""Tensor-, pipeline- and expert-parallel rank."""
 Shard = torch.Tensor | StoredFp8
 Shards = dict[Rank, dict[str, Shard]]
 
-
-_WRAPPERS = re.compile(r"^(?:module\.|model\.)+")
 _GROUPED_STATE = re.compile(r"\.experts\.linear_fc[12]\._extra_state$")
 _TIED = "embedding.word_embeddings.weight"
 _OUTPUT = "output_layer.weight"
@@ -66,11 +65,6 @@ class _Grid:
         )
 
 
-def bare_name(name: str) -> str:
-    """The name without the `module.` and `model.` of wrappers."""
-    return _WRAPPERS.sub("", name)
-
-
 def merge_shards(shards: Shards, facts: Mapping[str, object]) -> dict[str, Stored]:
     """One `Stored` per whole tensor, by its name in an unsharded Megatron-Core model.
 
@@ -89,7 +83,7 @@ def merge_shards(shards: Shards, facts: Mapping[str, object]) -> dict[str, Store
     stages: dict[str, dict[Rank, Shard]] = defaultdict(dict)
     for rank in sorted(shards):
         for name, tensor in shards[rank].items():
-            stages[_global_name(bare_name(name), rank[2], grid)][rank] = tensor
+            stages[_global_name(unwrapped(name), rank[2], grid)][rank] = tensor
     _drop_tied_output(stages, grid)
     return {name: _whole(name, by_rank, grid) for name, by_rank in stages.items()}
 
@@ -117,7 +111,7 @@ def merge_states(
     for tp, pp, ep in sorted(states):
         for name, state in states[tp, pp, ep].items():
             # Expert ranks are data-parallel ones to all that is no expert: they hold copies.
-            ranks[tp].setdefault(_state_name(bare_name(name), ep, grid), state)
+            ranks[tp].setdefault(_state_name(unwrapped(name), ep, grid), state)
     return ranks
 
 
@@ -218,14 +212,19 @@ def _merge_dense(name: str, shards: Sequence[torch.Tensor], cut: Cut, grid: _Gri
     if shards[0].dim() <= axis or len({tensor.shape for tensor in shards}) > 1:
         shapes = [tuple(tensor.shape) for tensor in shards]
         raise ShapeError(f"{name}: shards of shapes {shapes} do not fit together along axis {axis}")
-    if cut is Cut.GATED and grid.tp > 1 and grid.gated:
-        pieces = _halves(name, shards, axis)
-    else:
-        width = shards[0].shape[axis]
-        pieces = [_at(tensor, axis, tp * width) for tp, tensor in enumerate(shards)]
     shape = list(shards[0].shape)
     shape[axis] *= grid.tp
-    return _stored(name, pieces, tuple(shape))
+    return _stored(name, _side_by_side(name, shards, axis, cut, grid), tuple(shape))
+
+
+def _side_by_side(
+    name: str, shards: Sequence[torch.Tensor], axis: int, cut: Cut, grid: _Grid
+) -> list[Piece]:
+    """The ranks' shards at their places along `axis`."""
+    if cut in (Cut.GATED, Cut.GROUPED_FC1) and grid.tp > 1 and grid.gated:
+        return _halves(name, shards, axis)
+    width = shards[0].shape[axis]
+    return [_at(tensor, axis, tp * width) for tp, tensor in enumerate(shards)]
 
 
 def _halves(name: str, shards: Sequence[torch.Tensor], axis: int) -> list[Piece]:
@@ -240,10 +239,9 @@ def _halves(name: str, shards: Sequence[torch.Tensor], axis: int) -> list[Piece]
     ]
 
 
-def _at(tensor: torch.Tensor, axis: int, start: int, expert: int = 0) -> Piece:
+def _at(tensor: torch.Tensor, axis: int, start: int) -> Piece:
     offset = [0] * tensor.dim()
-    offset[0] = expert
-    offset[axis] += start
+    offset[axis] = start
     return Piece(tuple(offset), tuple(tensor.shape), tensor)
 
 
@@ -256,11 +254,7 @@ def _merge_grouped(
     pieces: list[Piece] = []
     for ep in range(grid.ep):
         shards = [_per_expert(name, found.get((tp, ep)), count, axis) for tp in range(grid.tp)]
-        if cut is Cut.GROUPED_FC1 and grid.tp > 1 and grid.gated:
-            parts = _halves(name, shards, axis)
-        else:
-            width = shards[0].shape[axis]
-            parts = [_at(tensor, axis, tp * width) for tp, tensor in enumerate(shards)]
+        parts = _side_by_side(name, shards, axis, cut, grid)
         pieces += [Piece((ep * count, *p.offset[1:]), p.shape, p.data) for p in parts]
     box = list(shards[0].shape)
     box[0], box[axis] = count * grid.ep, box[axis] * grid.tp

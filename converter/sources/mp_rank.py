@@ -21,17 +21,15 @@ from ..errors import (
     UnsupportedOptionError,
 )
 from .checkpoint_dir import iteration_dir
-from .merge_shards import Rank, Shards, bare_name, merge_shards
+from .megatron_names import layer_name, layer_of, unwrapped
+from .merge_shards import Rank, Shards
 from .pickled_fp8 import pickled_fp8, stubs
 from .run_facts import namespace
 from .safe_pickle import Inert
 from .stored_fp8 import StoredFp8
 
-__all__ = ["MpRank", "Rank", "Shards", "merge_shards", "read_mp_rank"]
-
 _DIRECTORY = re.compile(r"mp_rank_(\d{2,})(?:_(\d{3,}))?(?:_(\d{3,}))?")
 _FILE = "model_optim_rng.pt"
-_LAYER = re.compile(r"^(decoder\.layers\.)(\d+)(\..+)$")
 _MODEL = re.compile(r"^model(\d*)$")
 _STATE = "_extra_state"
 _IGNORED = (
@@ -180,7 +178,7 @@ def _entries(file: Path, model: object, ignored: dict[str, str]) -> Entries:
         raise SourceError(f"{file}: its model is a {type(model).__name__}, expected a dict")
     entries: Entries = {}
     for key, value in model.items():
-        name = bare_name(str(key))
+        name = unwrapped(str(key))
         if reason := next((why for end, why in _IGNORED if name.endswith(end)), None):
             ignored[name] = reason
             if name.endswith(_STATE):
@@ -242,17 +240,18 @@ def _first_layers(
 
 
 def _num_layers(chunk: Mapping[str, object], rank: Rank) -> int:
-    numbers = {int(match[2]) for name in chunk if (match := _LAYER.match(name))}
+    numbers = {place[0] for name in chunk if (place := layer_of(name))}
     if numbers != set(range(len(numbers))):
         raise MissingTensorError(f"rank {rank} has layers {sorted(numbers)}: one is missing")
     return len(numbers)
 
 
 def _shifted(chunk: Mapping[str, object], first: int) -> Entries:
-    def shift(match: re.Match[str]) -> str:
-        return f"{match[1]}{int(match[2]) + first}{match[3]}"
+    def shifted(name: str) -> str:
+        place = layer_of(name)
+        return name if place is None else layer_name(place[0] + first, place[1])
 
-    return {_LAYER.sub(shift, name): value for name, value in chunk.items()}
+    return {shifted(name): value for name, value in chunk.items()}
 
 
 def _merged(rank: Rank, chunks: Iterable[Mapping[str, object]]) -> Entries:

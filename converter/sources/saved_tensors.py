@@ -22,7 +22,7 @@ import torch
 
 from ..errors import CorruptSourceError, SourceError
 from .safe_pickle import Inert, PickledTensor, load_small_pickles, pickled_tensor
-from .torch_zip import ZIP_FAULTS, read_record
+from .torch_zip import ZIP_FAULTS, check_byte_order, read_record
 
 ZIP_MAGIC = b"PK\x03\x04"
 _LEGACY_MAGIC = 0x1950A86A20F9469CFC6C
@@ -80,9 +80,7 @@ def _load_zip(data: bytes, where: str, limit: int) -> Saved:
         archive = zipfile.ZipFile(io.BytesIO(data))
     except ZIP_FAULTS as error:
         raise CorruptSourceError(f"{where}: not a readable torch.save file ({error})") from error
-    names = [info.filename.partition("/")[2] for info in archive.infolist()]
-    if "byteorder" in names and read_record(archive, "byteorder", 16, where) != b"little":
-        raise SourceError(f"{where}: the data is not little-endian; save it on another machine")
+    check_byte_order(archive, where)
     values, _ = load_small_pickles(read_record(archive, "data.pkl", limit, where), 1, where)
 
     def read(storage: Inert) -> tuple[Inert, bytes]:

@@ -96,7 +96,7 @@ def _open(path: Path, facts: Mapping[str, object], family: Table | None, mtp: st
         )
     if is_hf(path):
         return _open_hf(path, family, mtp)
-    if _legacy(path) is not None:
+    if _is_legacy(path):
         legacy = read_mp_rank(path)
         all_facts = {**legacy.facts, **facts}
         stored = merge_shards(legacy.shards, all_facts)
@@ -138,11 +138,9 @@ def _open_hf(path: Path, table: Table | None, mtp: str) -> Source:
     )
 
 
-def _legacy(path: Path) -> Path | None:
-    """The first rank directory, here or one level down."""
-    return next(
-        (found for pattern in ("mp_rank_*", "*/mp_rank_*") for found in path.glob(pattern)), None
-    )
+def _is_legacy(path: Path) -> bool:
+    """True if there is a rank's directory, here or one level down."""
+    return any(True for pattern in ("mp_rank_*", "*/mp_rank_*") for _ in path.glob(pattern))
 
 
 def make_source(

@@ -80,12 +80,6 @@ class Stored:
         """Size in bytes."""
         return self.numel * self.dtype.itemsize
 
-    def whole(self) -> torch.Tensor | None:
-        """The tensor itself, if it is one piece in memory; `None` if it must be read."""
-        if len(self.pieces) == 1 and isinstance(self.pieces[0].data, torch.Tensor):
-            return self.pieces[0].data
-        return None
-
     def read_flat(self, start: int, stop: int, out: torch.Tensor) -> None:
         """Fill `out` with the elements [start, stop) of the row-major flattened tensor.
 

@@ -16,7 +16,7 @@ then all weights, then all outputs (`view(3, -1)[:, gemm]`); since 2.3 it has in
 of the first gemm, then of the next (`view(-1, 3)[gemm]`), as `LayerNormMLP` always had. The state
 does not name its version, but it shows the order: outputs stay in bf16, so their amax history is
 all zeros, while that of a weight never is. Only one of the orders fits that; if none does, scales
-are refused rather than guessed, and `order` says which to take.
+are refused rather than guessed.
 
 Megatron-Core cuts a grouped linear's state into one for each expert when it writes a distributed
 checkpoint, always with `view(3, -1)[:, gemm]`. From 2.3 on that mixes up inputs, weights and
@@ -50,14 +50,13 @@ class TeState:
 
     scale_fwd [3·gemms]: quant_scales, which multiply before the cast.
     scale_inv_fwd [3·gemms]: dequant_scales; 1 / scale_fwd where the version keeps none.
-    amax_history_fwd [steps, 3·gemms]. order: `BY_KIND` or `BY_GEMM`; None reads it off the history.
+    amax_history_fwd [steps, 3·gemms].
     """
 
     scale_fwd: torch.Tensor
     scale_inv_fwd: torch.Tensor
     amax_history_fwd: torch.Tensor
     where: str
-    order: str | None = None
 
     @property
     def gemms(self) -> int:
@@ -99,9 +98,8 @@ class TeState:
 
     def _places(self) -> torch.Tensor:
         """[3, gemms]: where the scale of a kind and gemm is."""
-        order = self.order or self._order()
         places = torch.arange(3 * self.gemms, device="cpu")
-        return places.view(3, -1) if order == BY_KIND else places.view(-1, 3).T
+        return places.view(3, -1) if self._order() == BY_KIND else places.view(-1, 3).T
 
     def _order(self) -> str:
         if self.gemms == 1:
@@ -114,19 +112,19 @@ class TeState:
         ]
         if len(fits) != 1:
             raise ScaleError(
-                f"{self.where}: the order of {self.gemms} × 3 scales does not show in the amax "
-                f"history; say which it is: {BY_KIND} up to Transformer Engine 2.2, {BY_GEMM} since"
+                f"{self.where}: the order of {self.gemms} × 3 scales ({BY_KIND} up to Transformer "
+                f"Engine 2.2, {BY_GEMM} since) does not show in the amax history; give the scales "
+                f"yourself"
             )
         return fits[0]
 
 
-def decode_te_state(state: object, where: str, order: str | None = None) -> TeState | None:
+def decode_te_state(state: object, where: str) -> TeState | None:
     """Decode an `_extra_state`.
 
     Args:
         state: a BytesIO, bytes, a uint8 tensor, the inert twin of a BytesIO, None, or empty.
         where: names the state in errors.
-        order: of several gemms' scales, if it is known: `BY_KIND` or `BY_GEMM`.
 
     Returns:
         The scales, or None if the state holds none: a module in bf16, or another scaling.
@@ -144,7 +142,7 @@ def decode_te_state(state: object, where: str, order: str | None = None) -> TeSt
         saved = load_saved(data, where, MAX_STATE_BYTES)
         state = _unwrapped(saved)
         if isinstance(state, Mapping):
-            return _state(saved, state, order)
+            return _state(saved, state)
     raise CorruptSourceError(f"{where}: a state within a state within a state")
 
 
@@ -185,7 +183,7 @@ def _contents(buffer: Inert) -> object:
     return data
 
 
-def _state(saved: Saved, state: Mapping[Any, Any], order: str | None) -> TeState | None:
+def _state(saved: Saved, state: Mapping[Any, Any]) -> TeState | None:
     if "scale_fwd" not in state:
         if "forward" in state:
             raise UnsupportedOptionError(
@@ -194,7 +192,7 @@ def _state(saved: Saved, state: Mapping[Any, Any], order: str | None) -> TeState
         return None
     scale = _fp32(saved, state, "scale_fwd")
     inverse = _fp32(saved, state, "scale_inv_fwd") if "scale_inv_fwd" in state else 1.0 / scale
-    found = TeState(scale, inverse, _fp32(saved, state, "amax_history_fwd"), saved.where, order)
+    found = TeState(scale, inverse, _fp32(saved, state, "amax_history_fwd"), saved.where)
     _check(found, state.get("extra_fp8_variables"))
     return found
 

@@ -97,7 +97,7 @@ def find_payload(window: Window, where: str) -> Payload:
     """
     with _open(window, where) as archive:
         payload = _payload_record(archive, where)
-        _check_byte_order(archive, where)
+        check_byte_order(archive, where)
         description = read_record(archive, "data.pkl", _MAX_DESCRIPTION_BYTES, where)
         tensor = pickled_tensor(load_pickle(description, where), where)
         if payload.filename.rpartition("/")[2] != tensor.storage_key:
@@ -173,7 +173,8 @@ def read_record(archive: zipfile.ZipFile, name: str, limit: int, where: str) -> 
         raise CorruptSourceError(f"{where}: record {name!r} is damaged ({error})") from error
 
 
-def _check_byte_order(archive: zipfile.ZipFile, where: str) -> None:
+def check_byte_order(archive: zipfile.ZipFile, where: str) -> None:
+    """Raise SourceError if a `torch.save` zip is another machine's."""
     # Written since torch 2.1; files without it come from little-endian machines in practice.
     names = [info.filename.partition("/")[2] for info in archive.infolist()]
     if "byteorder" in names and read_record(archive, "byteorder", 16, where) != b"little":

@@ -1,1 +1,1 @@
-"""What weights become: TensorRT-LLM's unified checkpoint."""
+"""What weights become: TensorRT-LLM's unified checkpoint, or the Hugging Face layout."""

@@ -16,7 +16,6 @@ from ..layout import Alternate, Stack, flat_columns, flat_rows
 from ..logical import (
     Attention,
     Further,
-    Half,
     LatentAttention,
     Layer,
     LowRank,
@@ -160,14 +159,10 @@ def low_rank(names: Names, part: str, weights: LowRank) -> Iterator[Piece]:
 def mlp(names: Names, prefix: str, weights: Mlp, expert: int = 0) -> Iterator[Piece]:
     """Gate (where there is one), up and down."""
     if weights.gate is not None:
-        yield from half(names, f"{prefix}gate", weights.gate, expert)
-    yield from half(names, f"{prefix}up", weights.up, expert)
+        gate = weights.gate
+        yield from names.linear(f"{prefix}gate", gate.weight, gate.bias, expert)
+    yield from names.linear(f"{prefix}up", weights.up.weight, weights.up.bias, expert)
     yield from names.linear(f"{prefix}down", weights.down, weights.down_bias, expert)
-
-
-def half(names: Names, part: str, weights: Half, expert: int) -> Iterator[Piece]:
-    """One half of an MLP's first matrix."""
-    yield from names.linear(part, weights.weight, weights.bias, expert)
 
 
 def moe(names: Names, weights: Moe) -> Iterator[Piece]:

@@ -11,8 +11,8 @@ from ..model import ModelSpec
 from ..recipe import Recipe
 from ..sources.hf_config import LLAMA3, facts_of
 
-# transformers' names of activation functions. Megatron's gelu is the exact one.
-ACTIVATIONS = {"squared_relu": "relu2", "gelu": "gelu"}
+# transformers' names of activation functions, where they are others. Both sides' gelu is exact.
+ACTIVATIONS = {"squared_relu": "relu2"}
 
 # DeepSeek's first layers are dense; others say which.
 DENSE_FIRST = "first_k_dense_replace"

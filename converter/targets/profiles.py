@@ -16,6 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import torch
+
 from ..errors import RecipeError
 from ..layout import Shape
 from ..recipe import Recipe
@@ -25,30 +27,42 @@ INPUT_SCALE = "input_scale"
 
 
 @dataclass(frozen=True)
-class Written:
-    """A scheme as a profile's engines read it: `{module}.{suffix}` of `shape(rows, columns)`.
+class ScaleTensor:
+    """`{module}.{suffix}` of `shape(rows, columns)`, after any experts."""
 
-    `algorithm` is ModelOpt's name of it, where its words say it. `dynamic` is what is said instead
-    where the result has no static scales of activations, and `note` what a user should know then.
+    suffix: str
+    shape: Callable[[int, int], Shape]
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class Written:
+    """A scheme as a profile's engines read it: in whose words it is said, and the weights' scales.
+
+    `algorithm` is ModelOpt's name of it, where these are its words. `dynamic` is what is said
+    instead where the result has no static scales of activations, and `note` what a user should
+    know then.
     """
 
     said: str
-    suffix: str
-    shape: Callable[[int, int], Shape]
+    scale: ScaleTensor
     algorithm: str | None = None
     dynamic: Written | None = None
     note: str | None = None
 
 
-def _scalar(rows: int, columns: int) -> Shape:
+def scalar(rows: int, columns: int) -> Shape:
+    """One scale for a matrix, without axes."""
     return ()
 
 
-def _one(rows: int, columns: int) -> Shape:
+def vector(rows: int, columns: int) -> Shape:
+    """One scale for a matrix, as a vector."""
     return (1,)
 
 
-def _rows(rows: int, columns: int) -> Shape:
+def of_rows(rows: int, columns: int) -> Shape:
+    """A scale for each row."""
     return (rows,)
 
 
@@ -64,16 +78,16 @@ def _pieces(size: int) -> Callable[[int, int], Shape]:
     return lambda rows, columns: (rows, columns // size)
 
 
-_FP8 = Written("modelopt", "weight_scale", _scalar, "FP8")
-_BLOCK = Written("fp8", "weight_scale_inv", _blocks)
-_MX = Written("modelopt", "weight_scale", _pieces(32), "MXFP8")
-_NV = Written("modelopt", "weight_scale", _pieces(16), "NVFP4")
-_CHANNEL = Written("compressed-tensors", "weight_scale", _column)
-_TOKEN = Written("modelopt", "weight_scale", _rows, "FP8_PER_CHANNEL_PER_TOKEN")
+_FP8 = Written("modelopt", ScaleTensor("weight_scale", scalar), "FP8")
+_CHANNEL = Written("compressed-tensors", ScaleTensor("weight_scale", _column))
+_BLOCK = Written("fp8", ScaleTensor("weight_scale_inv", _blocks))
+_MX = Written("modelopt", ScaleTensor("weight_scale", _pieces(32), torch.uint8), "MXFP8")
+_NV = Written("modelopt", ScaleTensor("weight_scale", _pieces(16), torch.float8_e4m3fn), "NVFP4")
 
 _NO_STATIC = "no static scales of activations were given (--scales): "
-_USUAL = {
-    "fp8": replace(_FP8, dynamic=Written("fp8", "weight_scale", _scalar)),
+# What most engines read.
+USUAL = {
+    "fp8": replace(_FP8, dynamic=Written("fp8", _FP8.scale)),
     "fp8-row": _CHANNEL,
     "fp8-block": _BLOCK,
     "mxfp8": _MX,
@@ -85,11 +99,13 @@ _USUAL = {
 }
 
 PROFILES: dict[str, dict[str, Written]] = {
-    "vllm": _USUAL,
-    "sglang": _USUAL,
+    "vllm": USUAL,
+    "sglang": USUAL,
     "trtllm": {
         "fp8": _FP8,
-        "fp8-row": _TOKEN,
+        "fp8-row": Written(
+            "modelopt", ScaleTensor("weight_scale", of_rows), "FP8_PER_CHANNEL_PER_TOKEN"
+        ),
         "fp8-block": _BLOCK,
         "mxfp8": _MX,
         "nvfp4": replace(
@@ -97,9 +113,9 @@ PROFILES: dict[str, dict[str, Written]] = {
         ),
     },
     "compressed-tensors": {
-        "fp8": Written("compressed-tensors", "weight_scale", _one),
+        "fp8": Written("compressed-tensors", ScaleTensor("weight_scale", vector)),
         "fp8-row": _CHANNEL,
-        "fp8-block": Written("compressed-tensors", "weight_scale", _blocks),
+        "fp8-block": Written("compressed-tensors", ScaleTensor("weight_scale", _blocks)),
     },
 }
 

@@ -14,7 +14,7 @@ model classes for the row orders:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cache
+from functools import cache, partial
 
 import torch
 
@@ -239,10 +239,10 @@ def mlp(name: str, weights: Mlp, shard: Shard) -> Iterator[Part]:
 
 def moe(name: str, weights: Moe, shard: Shard, recipe: Recipe) -> Iterator[Part]:
     """Fc [E, 2F, H] = [up; gate] of each expert, proj [E, H, F]; the router stays fp32."""
-    yield Part(f"{name}.router.weight", weights.router, 0.0, torch.float32, True)
+    router = partial(Part, dtype=torch.float32, replicated=True)
+    yield router(f"{name}.router.weight", weights.router)
     if weights.router_bias is not None:
-        bias = f"{name}.e_score_correction_bias"
-        yield Part(bias, weights.router_bias, 0.0, torch.float32, True)
+        yield router(f"{name}.e_score_correction_bias", weights.router_bias)
     # Ranks run moe_tp slowest, moe_ep fastest.
     slice_ = Shard(shard.rank // recipe.moe_ep_size, recipe.moe_tp_size)
     count = len(weights.experts) // recipe.moe_ep_size

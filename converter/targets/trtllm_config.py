@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from ..model import ModelSpec
 from ..recipe import Recipe
+from ..sources.hf_config import LLAMA3
 from .quant_config import trtllm_quantization
 
 
@@ -147,9 +148,7 @@ def _rope_scaling(spec: ModelSpec) -> dict[str, object]:
                 "type": "llama3",
                 "rope_type": "llama3",
                 "factor": spec.rope_scaling_factor,
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
+                **LLAMA3,
             }
         }
     if spec.seq_len_interpolation_factor is not None:

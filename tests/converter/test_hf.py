@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from fuseport_testing.hf_models import BY_NAME, CASES, HfCase, load, logits, make, tokens
+from fuseport_testing.hf_models import BY_NAME, CASES, load, logits, make, tokens
 from fuseport_testing.trtllm_runtime import runtime_logits
 from safetensors.torch import load_file, save_file
 
@@ -188,19 +188,11 @@ def test_a_changed_row_is_found(saved: Saved, tmp_path: Path) -> None:
         verify_checkpoint(tmp_path / "out", other)
 
 
-# The family, the recipe's option.
-@pytest.mark.parametrize(
-    ("option", "match"),
-    [
-        ({"tp_size": 2}, "tp_size"),
-        ({"pp_size": 2}, "pp_size"),
-        ({"moe_ep_size": 2}, "moe_ep_size"),
-        ({"use_parallel_embedding": True}, "use_parallel_embedding"),
-    ],
-)
-def test_options_without_meaning(option: dict[str, Any], match: str, saved: Saved) -> None:
-    with pytest.raises(FuseportError, match=f"{match} = .* has no meaning for target hf"):
-        plan_checkpoint(saved("llama")[0], Recipe(target="hf", **option))
+@pytest.mark.parametrize("option", ["tp_size", "pp_size", "moe_ep_size", "use_parallel_embedding"])
+def test_options_without_meaning(option: str, saved: Saved) -> None:
+    value: Any = True if option == "use_parallel_embedding" else 2
+    with pytest.raises(FuseportError, match=f"{option} = {value} has no meaning for target hf"):
+        plan_checkpoint(saved("llama")[0], Recipe(target="hf", **{option: value}))
 
 
 def test_every_family_is_tried() -> None:
@@ -209,4 +201,3 @@ def test_every_family_is_tried() -> None:
 
 def test_a_case_has_a_name_of_its_own() -> None:
     assert len(BY_NAME) == len(CASES)
-    assert all(isinstance(case, HfCase) for case in CASES)

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fuseport.converter import host_output
-from fuseport.converter.backend import preparer
+from fuseport.converter.backend import copier
 from fuseport.converter.host_output import (
     ALIGNMENT,
     Block,
@@ -94,7 +94,7 @@ def test_no_span_or_window_exceeds_the_limit_but_for_one_row(
     every = list(spans(plan, places_of(plan)[0], limit))
     for span in every:
         assert span.stop - span.start <= max(limit, row_of(span))
-    made = list(windows(iter(every), limit))
+    made = list(windows(every, limit))
     assert [span for window in made for span in window] == every
     for window in made:
         begin, end = window[0].start, window[-1].stop
@@ -103,7 +103,7 @@ def test_no_span_or_window_exceeds_the_limit_but_for_one_row(
 
 def test_windows_are_as_full_as_they_can_be() -> None:
     move = Move(torch.empty(4, device="meta"), torch.empty(4))
-    made = windows(iter([Span(start, move) for start in (0, 256, 512, 768)]), 512)
+    made = windows([Span(start, move) for start in (0, 256, 512, 768)], 512)
     assert [[span.start for span in window] for window in made] == [[0, 256], [512, 768]]
 
 
@@ -126,12 +126,12 @@ def test_a_cut_keeps_scale_and_shift() -> None:
 
 @given(plans())
 def test_on_the_cpu_results_are_what_the_moves_say(plan: list[Planned]) -> None:
-    output = HostOutput(plan, preparer("torch", CPU), CPU, Block())
+    output = HostOutput(plan, copier("torch", CPU), CPU, Block())
     for found, planned in zip(output.run(), plan, strict=True):
         expected = torch.empty(planned.dst.shape, dtype=planned.dst.dtype)
         for move in planned.moves:
             view = expected.as_strided(move.dst.shape, move.dst.stride(), move.dst.storage_offset())
-            preparer("torch", CPU)([Move(view, move.src, move.shift, move.quant)])()
+            copier("torch", CPU)([Move(view, move.src, move.shift, move.quant)]).run()
         assert found.is_contiguous()
         assert torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
 
@@ -145,7 +145,7 @@ def a_plan(*sources: torch.Tensor) -> list[Planned]:
 
 def test_a_second_run_takes_the_new_values_into_the_same_memory() -> None:
     source = torch.ones(5, 3)
-    output = HostOutput(a_plan(source), preparer("torch", CPU), CPU, Block())
+    output = HostOutput(a_plan(source), copier("torch", CPU), CPU, Block())
     (first,) = output.run()
     source.fill_(2.0)
     (second,) = output.run()
@@ -168,18 +168,18 @@ def test_results_outlive_their_block() -> None:
     """A converter may be thrown away while its weights are in use."""
     block = Block()
     source = torch.randn(300, 300)
-    (found,) = HostOutput(a_plan(source), preparer("torch", CPU), CPU, block).run()
+    (found,) = HostOutput(a_plan(source), copier("torch", CPU), CPU, block).run()
     block.reserve(8 * MiB)
     del block
     assert torch.equal(found, source)
 
 
 def test_an_empty_plan_and_empty_tensors() -> None:
-    prepare = preparer("torch", CPU)
-    assert HostOutput([], prepare, CPU, Block()).run() == []
+    make = copier("torch", CPU)
+    assert HostOutput([], make, CPU, Block()).run() == []
     plan = a_plan(torch.empty(0, 3), torch.ones(2))
     assert places_of(plan) == ([0, 0], ALIGNMENT)
-    empty, ones = HostOutput(plan, prepare, CPU, Block()).run()
+    empty, ones = HostOutput(plan, make, CPU, Block()).run()
     assert (empty.shape, ones.tolist()) == ((0, 3), [1.0, 1.0])
 
 
@@ -197,7 +197,7 @@ def test_populated_memory_gives_the_same_results(
     monkeypatch.setattr(host_output, "_madvise", madvise)
     monkeypatch.setattr(host_output, "POPULATED", MiB)
     block, source = Block(), torch.randn(1000, 1000)
-    (found,) = HostOutput(a_plan(source), preparer("torch", CPU), CPU, block).run()
+    (found,) = HostOutput(a_plan(source), copier("torch", CPU), CPU, block).run()
     first, size = block.memory.data_ptr(), block.memory.numel()
     assert block._populating is not None
     block._populating.shutdown(wait=True)

@@ -69,8 +69,8 @@ def by_target(state: State) -> Iterator[tuple[str, torch.Tensor]]:
     for name, value in state.items():
         prefix, _, rest = name.partition(".layers.")
         number, _, part = rest.partition(".")
-        for names in (NEMOTRON_NAS_NAMES,) if rest else ():
-            layer = names[f"{prefix}.layers.{part}"].value
+        if rest:
+            layer = NEMOTRON_NAS_NAMES[f"{prefix}.layers.{part}"].value
             yield layer.replace("layers.", f"layers.{number}."), value
 
 

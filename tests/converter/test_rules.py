@@ -94,7 +94,7 @@ def test_experts_on_different_ranks(name: str, ep: int, megatron_run: Runs) -> N
 def test_transformer_engine_spellings(name: str, megatron_run: Runs) -> None:
     case = BY_NAME[name]
     state = inexact(megatron_run(name).state())
-    other = {f"module.{key}": value for key, value in with_te_norms(state).items()}
+    other = {f"module.module.{key}": value for key, value in with_te_norms(state).items()}
     recipe = Recipe(tp_size=2)
     expected = convert_state_dict(state, spec_of(case), recipe)
     assert_equal(convert_state_dict(other, spec_of(case), recipe), expected)

@@ -10,6 +10,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
+from fuseport_testing.te_states import Call
 
 from fuseport.converter.errors import (
     CorruptSourceError,
@@ -20,20 +21,11 @@ from fuseport.converter.errors import (
     UnsafeSourceError,
     UnsupportedOptionError,
 )
-from fuseport.converter.sources.mp_rank import merge_shards, read_mp_rank
+from fuseport.converter.sources.merge_shards import merge_shards
+from fuseport.converter.sources.mp_rank import read_mp_rank
 
 H, F, V, HEADS = 8, 12, 16, 4
 LAYER = "decoder.layers.{}."
-
-
-class Call:
-    """Pickles to a call of any function."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
 
 
 def load(stored):

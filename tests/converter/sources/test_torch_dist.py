@@ -12,6 +12,7 @@ import zipfile
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from fuseport_testing.te_states import Call
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -29,16 +30,6 @@ from torch.distributed.checkpoint.planner import (
 
 from fuseport.converter.errors import CorruptSourceError, SourceError, UnsafeSourceError
 from fuseport.converter.sources.torch_dist import read_torch_dist
-
-
-class Call:
-    """Pickles to a call of any function."""
-
-    def __init__(self, function, *args):
-        self.call = function, args
-
-    def __reduce__(self):
-        return self.call
 
 
 def save(state, folder):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .errors import RecipeError
+from .sources.megatron_names import unwrapped
 
 # TRTLLMLayers' values → Megatron-Core's names, layers after "decoder.layers.N.".
 WHOLE = {
@@ -54,11 +55,6 @@ def to_megatron(
     wrappers put before it, is taken for Megatron's own: those are understood without one.
     """
     return {_one(name, conversion): tensor for name, tensor in tensors.items()}
-
-
-def unwrapped(name: str) -> str:
-    """A tensor's name without what wrappers put before it."""
-    return name.removeprefix("module.").removeprefix("model.")
 
 
 def _one(name: str, conversion: Mapping[str, Any]) -> str:
