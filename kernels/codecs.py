@@ -1,10 +1,10 @@
-"""What the codes of the narrow formats mean, in plain torch: the second opinion on a result.
+"""What the codes of the narrow formats mean, in plain torch, for weights stored so.
 
 Each decoder is exact: it puts a code's bits where fp32 has them and multiplies by a power of two,
 which no rounding touches. A table of values would do as well for one code, but indexing with it
 takes eight bytes of index for each element of a weight.
 
-Sources: OCP 8-bit Floating Point Specification 1.0 (e4m3, e5m2), OCP Microscaling Formats 1.0
+Sources: OCP 8-bit Floating Point Specification 1.0 (e4m3), OCP Microscaling Formats 1.0
 (e8m0, e2m1). All results are fp32. A dequant_scale multiplies after decoding; axes are o output
 rows and i input columns.
 """
@@ -35,11 +35,6 @@ def decode_e4m3(codes: torch.Tensor) -> torch.Tensor:
     bits = (wide >> 7 << 31) | ((wide & 0x7F) << 20)
     value = bits.view(torch.float32) * _E4M3_REBIAS
     return value.masked_fill((wide & 0x7F) == 0x7F, float("nan"))
-
-
-def decode_e5m2(codes: torch.Tensor) -> torch.Tensor:
-    """e5m2 (with infinities), as uint8 or float8_e5m2: the upper half of an fp16."""
-    return (_wide(codes) << 8).to(torch.int16).view(torch.float16).to(torch.float32)
 
 
 def decode_e8m0(codes: torch.Tensor) -> torch.Tensor:

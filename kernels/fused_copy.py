@@ -21,7 +21,7 @@ import torch
 import triton
 
 from .amax_kernel import CLEARED, amax_kernel, clear_kernel
-from .move import Move, distinct_amaxes
+from .move import ALIGNED, Move, distinct_amaxes
 from .move_kernel import move_kernel
 from .options import amax_constants, constants, has_native_e4m3, kernel_of, resources
 from .quant import GivenScale
@@ -56,17 +56,17 @@ class FusedCopy:
         *,
         native_e4m3: bool | None = None,
     ) -> None:
-        straight = [one for one in repeats if one.is_straight()]
-        others = [one for one in repeats if not one.is_straight()]
-        self.moves = (*moves, *(move for one in others for move in one.written_out()))
-        self.device = _one_device([*self.moves, *(move for one in straight for move in one.moves)])
+        plain = [one for one in repeats if not one.is_staged()]
+        staged = [one for one in repeats if one.is_staged()]
+        self.moves = (*moves, *(move for one in staged for move in one.written_out()))
+        self.device = _one_device([*self.moves, *(move for one in plain for move in one.moves)])
         self._native = has_native_e4m3(self.device) if native_e4m3 is None else native_e4m3
         gathers, jobs = stage(self.moves)
-        repeated = list(_jobs_of(straight, len(self.moves)))
-        values = _scale_values(self.moves, straight, self.device)
+        repeated = list(_jobs_of(plain, len(self.moves)))
+        values = _scale_values(self.moves, plain, self.device)
         self._staged = {job.index for job in gathers}
         # What the tables point to beside the moves' own memory.
-        self._kept = [values, straight, [job.move.dst for job in gathers]]
+        self._kept = [values, plain, [job.move.dst for job in gathers]]
         given = _scale_pointers([*jobs, *(job for own, _ in repeated for job in own)], values)
         self._flags = torch.zeros(len(values), dtype=torch.int32, device=self.device)
         self._gathers = build(gathers, {}, self._flags, self.device)
@@ -126,15 +126,17 @@ class FusedCopy:
     def follow(self, moves: Sequence[Move]) -> bool:
         """Go on with the same moves, whose sources' storages alone lie elsewhere now.
 
-        The tables' addresses are changed where they are, so a captured graph stays good.
+        The tables' addresses are changed where they are, so a captured graph stays good. Not for a
+        batch with repeats.
 
         Returns:
             False, with nothing changed, if an address is not what it was modulo 16 bytes: other
             code may be needed then.
         """
+        assert not self._has_repeats
         pairs = zip(moves, self.moves, strict=True)
         steps = [new.src.data_ptr() - old.src.data_ptr() for new, old in pairs]
-        if any(step % 16 for step in steps):
+        if any(step % ALIGNED for step in steps):
             return False
         # A staged matrix is made of its copies; it stays where it is itself.
         own = [0 if index in self._staged else step for index, step in enumerate(steps)]

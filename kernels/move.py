@@ -20,11 +20,9 @@ __all__ = ["CASTS", "FLOATS", "Box", "Dim", "GivenScale", "Move", "coalesce", "d
 
 TILE_ROWS, TILE_COLS = 8, 512
 TRANSPOSE_TILE = 128, 64
-# Vector loads and stores need every length, stride and pointer to be a multiple of this many
-# elements (and pointers of 16 bytes).
-VECTOR = 16
-# Bytes of the widest access: addresses modulo this decide which code runs.
-ALIGNED = 16
+# Vector loads and stores need every length and stride to be a multiple of this many elements, and
+# addresses to be one of this many bytes: those of the widest access.
+VECTOR, ALIGNED = 16, 16
 # A run of columns at least this long is folded into rows of TILE_COLS, which fills tiles better
 # than a few very long rows do.
 FOLD = 64 * TILE_COLS
@@ -37,9 +35,10 @@ CASTS = (*FLOATS, torch.float8_e4m3fn)
 class Move:
     """`dst = downcast((src + shift) * quant_scale)`, element by element.
 
-    `dst` and `src` are views of one shape with any strides; `src` may repeat elements by stride
-    0. Equal dtypes without shift and quant are copied bit for bit; otherwise both must be floats:
-    fp32, bf16 or fp16 in; fp32, bf16, fp16 or e4m3 out. The arithmetic is fp32 with one rounding.
+    `dst` and `src` are views of one shape with any strides (an `NvScale`'s `dst`, of two codes a
+    byte, has half of `src`'s columns); `src` may repeat elements by stride 0. Equal dtypes without
+    shift and quant are copied bit for bit; otherwise both must be floats: fp32, bf16 or fp16 in;
+    fp32, bf16, fp16 or e4m3 out. The arithmetic is fp32 with one rounding.
     A `quant` says how the elements are scaled and what `dst` holds: see `quant`.
 
     Raises:
@@ -211,7 +210,7 @@ def is_vector(box: Box, dst_pointer: int, src_pointer: int) -> bool:
     multiples = (
         box.cols.size, along_src.size, box.outer.dst, box.outer.src, box.rows.dst, across_src.src,
     )  # fmt: skip
-    aligned = dst_pointer % 16 == 0 and src_pointer % 16 == 0
+    aligned = dst_pointer % ALIGNED == 0 and src_pointer % ALIGNED == 0
     return aligned and all(value % VECTOR == 0 for value in multiples)
 
 

@@ -91,6 +91,10 @@ class Regional:
             contiguous; written. All moves of the matrix name the same tensor.
         columns: elements in one row of the matrix.
         first_row: the row of the matrix at which the move begins.
+
+    Raises:
+        ValueError: the scales have another dtype, gaps, or another number across a row; or regions
+            that are pieces of a row do not divide it.
     """
 
     codes: ClassVar[torch.dtype] = E4M3

@@ -54,9 +54,9 @@ class Repeat:
     reads: Sequence[int]
     times: Sequence[Time]
 
-    def is_straight(self) -> bool:
-        """False if a matrix must be gathered first, for which each time needs memory."""
-        return not stage(self.moves)[0]
+    def is_staged(self) -> bool:
+        """True if a matrix must be gathered first, for which each time needs memory."""
+        return bool(stage(self.moves)[0])
 
     def written_out(self) -> Iterator[Move]:
         """The moves of every time, one by one."""

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .move import ALIGNED, Box, Move, describe, is_vector, tile_shape
+from .move import ALIGNED, VECTOR, Box, Move, describe, is_vector, tile_shape
 from .quant import (
     BlockScale,
     GivenScale,
@@ -249,7 +249,7 @@ def _region(move: Move, box: Box, quant: Regional) -> tuple[Kind, list[int]]:
     row = _row(move, box, dst, src, scale)
     row[4], row[6] = row[4] // per_byte, row[6] // per_byte
     row[8], row[17] = box.outer.dst // quant.columns, scale_row
-    vector = _is_vector(move, box, dst, src) and row[4] % 16 == 0 and row[6] % 16 == 0
+    vector = _is_vector(move, box, dst, src) and row[4] % VECTOR == 0 and row[6] % VECTOR == 0
     wide = row_tile(quant.columns) if isinstance(quant, RowScale) else 0
     return Kind(
         move.src.dtype, move.dst.dtype, box.order, vector, False, False,
