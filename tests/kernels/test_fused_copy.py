@@ -7,23 +7,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from fuseport_testing.matrices import DEVICE, E4M3, poisoned
 
 from fuseport.kernels.fused_copy import FusedCopy, fused_copy
 from fuseport.kernels.move import GivenScale, Move
 from fuseport.kernels.quant import BlockScale, TensorScale
 from fuseport.kernels.reference import fused_copy_ref
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOATS = [torch.float32, torch.bfloat16, torch.float16]
-E4M3 = torch.float8_e4m3fn
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
-
-
-def poisoned(shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
-    """0xA5 in every byte: no kernel writes that by chance everywhere."""
-    nbytes = shape.numel() * dtype.itemsize
-    return torch.full((nbytes,), 0xA5, dtype=torch.uint8, device=DEVICE).view(dtype).view(shape)
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -40,7 +33,7 @@ def check(
 ) -> None:
     """Poison both destinations, run kernel and reference, and compare values and counters."""
     for count in counting:
-        dst, expected = poisoned(src.shape, dtype), poisoned(src.shape, dtype)
+        dst, expected = (poisoned(*src.shape, dtype=dtype) for _ in range(2))
         move, twin = Move(dst, src, shift, quant), Move(expected, src, shift, quant)
         found = FusedCopy([move], native_e4m3=native).run(count=count)
         counts = fused_copy_ref([twin], count=count)
@@ -124,7 +117,7 @@ def test_a_batch_of_mixed_kinds_and_its_counters() -> None:
         torch.tensor([1.0, float("nan"), float("inf"), 500.0], device=DEVICE),
     ]
     dtypes = [torch.float16, torch.float32, torch.float16, E4M3]
-    moves = [Move(poisoned(s.shape, d), s) for s, d in zip(sources, dtypes, strict=True)]
+    moves = [Move(poisoned(*s.shape, dtype=d), s) for s, d in zip(sources, dtypes, strict=True)]
     counts = fused_copy(moves, count=True)
     assert counts is not None
     assert counts.tolist() == [[0, 0], [0, 0], [112, 0], [1, 2]]
@@ -156,6 +149,23 @@ def test_all_codes_against_many_scales(source: torch.dtype, native: bool) -> Non
     check(src, E4M3, native=native)
 
 
+@pytest.mark.parametrize(("dst", "src"), [(0, 1), (1, 0)])
+def test_moves_of_one_shape_need_not_be_aligned_alike(dst: int, src: int) -> None:
+    """Each is of its own kind: what the compiler is told holds for all moves of a kind."""
+    old = torch.randint(0, 256, (2, 4096 + 16), dtype=torch.uint8, device=DEVICE)
+    new = torch.zeros_like(old)
+
+    def move(number: int, dst: int, src: int) -> Move:
+        views = (new[number, dst : 4096 + dst], old[number, src : 4096 + src])
+        return Move(*(one.view(8, 512) for one in views))
+
+    moves = [move(0, 0, 0), move(1, dst, src)]
+    batch = FusedCopy(moves)
+    assert {launch.kind.vector for launch in batch.launches} == {True, False}
+    batch.run()
+    assert all(torch.equal(one.dst, one.src) for one in moves)
+
+
 def test_rerun_reads_new_values() -> None:
     src = torch.randn(16, 32, device=DEVICE)
     dst = torch.empty_like(src)
@@ -166,10 +176,14 @@ def test_rerun_reads_new_values() -> None:
     assert torch.equal(dst, src)
 
 
-def test_nothing_to_do() -> None:
-    assert fused_copy([]) is None
+@pytest.mark.parametrize("run", [fused_copy, fused_copy_ref])
+def test_nothing_to_do(run: Callable[..., torch.Tensor | None]) -> None:
     empty = torch.empty(0, 4, device=DEVICE)
-    fused_copy([Move(empty, empty)])
+    for moves in ([], [Move(empty, empty)]):
+        assert run(moves) is None
+        counts = run(moves, count=True)
+        assert counts is not None
+        assert counts.tolist() == [[0, 0]] * len(moves)
 
 
 @pytest.mark.gpu

@@ -47,6 +47,15 @@ def test_columns_that_no_vector_divides(name: str, shape: tuple[int, int]) -> No
     check(name, [values(*shape)])
 
 
+@pytest.mark.parametrize("columns", [48, 1040])
+def test_an_odd_number_of_pieces(columns: int) -> None:
+    """A row of codes is then no multiple of 16 bytes, although its source is one of 16 elements."""
+    check("nv", [values(9, columns)])
+    for width, vector in ((columns, False), (columns + 16, True)):
+        moves = Matrix("nv", 9, width).moves([values(9, width)])
+        assert [launch.kind.vector for launch in FusedCopy(moves).launches] == [vector]
+
+
 @pytest.mark.parametrize("columns", [8192, 16384, 16400, 20000])
 def test_long_rows(columns: int) -> None:
     check("row", [values(3, columns)])
@@ -185,10 +194,9 @@ def test_a_matrix_with_gaps_is_refused() -> None:
 def test_rows_that_pieces_do_not_divide_are_refused() -> None:
     with pytest.raises(ValueError, match="multiple of 32"):
         MxScale(poisoned(4, 1), 40)
+
+
+def test_a_part_of_a_row_is_refused() -> None:
+    quant = RowScale(torch.empty(4, device=DEVICE), 64)
     with pytest.raises(ValueError, match="whole rows"):
-        Move(
-            poisoned(4, 40).view(E4M3),
-            values(4, 40),
-            0.0,
-            RowScale(poisoned(4).view(torch.uint8).view(E4M3).float(), 64),
-        )
+        Move(poisoned(4, 40).view(E4M3), values(4, 40), 0.0, quant)

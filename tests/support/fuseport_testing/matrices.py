@@ -15,6 +15,7 @@ NAMES = ["tensor", "row", "block", "mx", "nv"]
 
 
 def poisoned(*shape: int, dtype: torch.dtype = torch.uint8) -> torch.Tensor:
+    """0xA5 in every byte: no kernel writes that by chance everywhere."""
     count = torch.Size(shape).numel() * dtype.itemsize
     return torch.full((count,), 0xA5, dtype=torch.uint8, device=DEVICE).view(dtype).view(shape)
 
