@@ -20,6 +20,7 @@ from fuseport.kernels.tables import Kind
 
 from . import aot_amd
 from .aot import Assembly, compile_kernel
+from .aot_amd import AmdAssembly
 
 SOURCES = (torch.bfloat16, torch.float32)
 TARGETS = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
@@ -72,12 +73,7 @@ def describe_amd(kind: Kind) -> dict[str, object]:
     return {
         "arch": aot_amd.ARCH,
         "scheme": kind.scheme,
-        "order": kind.order,
-        "src": str(kind.src),
-        "dst": str(kind.dst),
-        "load": max(code.load_widths),
-        "stores": sorted(set(code.store_widths)),
-        "registers": code.registers,
+        **_both(kind, code),
         "local": code.stack_bytes > 0,
         "native_fp8": code.native_fp8,
     }
@@ -95,13 +91,7 @@ def describe_amax(src: torch.dtype, order: str, arch: int) -> dict[str, object]:
 def _facts(kind: Kind, code: Assembly) -> dict[str, object]:
     return {
         "arch": code.arch,
-        "src": str(kind.src),
-        "dst": str(kind.dst),
-        "order": kind.order,
-        # The tables are read by scalars; the data is what is moved 16 bytes at a time.
-        "load": max(code.load_widths),
-        "stores": sorted(set(code.store_widths)),
-        "registers": code.registers,
+        **_both(kind, code),
         "local": code.uses_local_memory,
         "double_rounding": code.fp8_through_fp16,
         # The kernels leave it to the conversion to saturate.
@@ -109,14 +99,23 @@ def _facts(kind: Kind, code: Assembly) -> dict[str, object]:
     }
 
 
+def _both(kind: Kind, code: Assembly | AmdAssembly) -> dict[str, object]:
+    """What is said of either vendor's code."""
+    return {
+        "src": str(kind.src),
+        "dst": str(kind.dst),
+        "order": kind.order,
+        # The tables are read by scalars; the data is what is moved 16 bytes at a time.
+        "load": max(code.load_widths),
+        "stores": sorted(set(code.store_widths)),
+        "registers": code.registers,
+    }
+
+
 def main() -> None:
     """Print a line for each combination and architecture named on the command line."""
-    chosen = sys.argv[1:] or [
-        "80",
-        "90",
-        "100",
-        *([aot_amd.ARCH] if aot_amd.is_available() else []),
-    ]
+    amd = [aot_amd.ARCH] if aot_amd.is_available() else []
+    chosen = sys.argv[1:] or ["80", "90", "100", *amd]
     archs = [int(arch) for arch in chosen if arch.isdigit()]
     for (kind, count), arch in itertools.product(combinations(), archs):
         print(json.dumps(describe(kind, count, arch)), flush=True)

@@ -14,7 +14,7 @@ import torch
 
 from fuseport.converter import ModelSpec
 
-from .conftest import Bench, Timed
+from .conftest import Bench, Timed, checked
 from .measure import Run
 from .models import LLAMA_8B, LLAMA_70B, QWEN3_235B_EP8, TOY, TOY_MOE, of_rank
 from .work import Case, Work
@@ -52,12 +52,7 @@ WORKS = FULL if torch.cuda.is_available() else TOYS
 @pytest.fixture(scope="module", params=WORKS, ids=lambda pair: f"{pair[0].name}: {pair[1]}")
 def work(request: pytest.FixtureRequest, bench: Bench) -> Work:
     """Weights and a checked plan."""
-    bench.measure_copy()
-    case, scheme = request.param
-    made = Work(case, scheme, bench.device)
-    if not made.is_equal():
-        pytest.fail("RED: not equal to the reference; no figure")
-    return made
+    return checked(bench, *request.param)
 
 
 # From what is done least to what is done anew: a first call needs the memory of the others.
@@ -65,7 +60,7 @@ WAYS: dict[str, Callable[[Work], Run]] = {
     "warm launch": lambda work: work.batch.run,
     "kept plan": lambda work: work.refit().run,
     "kept plan, CUDA graph": lambda work: work.refit(graph=True).run,
-    "first call": lambda work: work.first_call(),
+    "first call": Work.first_call,
 }
 
 

@@ -8,14 +8,15 @@ Sizes go up to what a card of 80 GB holds. Above that results go, as in a refit,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from fuseport.converter import ModelSpec
 
-from .conftest import Bench, Timed
+from .bench_models import WAYS
+from .conftest import Bench, Timed, checked
 from .models import LLAMA_8B, LLAMA_70B, TOY, TOY_PEER, of_rank
 from .peers import apart
 from .plain_torch import converter, hf_modules, linears
@@ -30,6 +31,7 @@ WHOLE_SIZES = (1, 4, 16, 48) if ON_GPU else (1e-3,)
 BUCKET_SIZES = (1, 4, 16, 60) if ON_GPU else (1e-3,)
 WIDTHS = (8192, 4096, 2048, 1024) if ON_GPU else (128, 64)
 TPS = (1, 2, 4, 8) if ON_GPU else (1, 2)
+WARM_AND_FIRST = ("warm launch", "first call")
 
 
 def layers_of(spec: ModelSpec, size: float) -> int:
@@ -65,41 +67,19 @@ def by_tp(tp: int) -> Case:
     return Case(f"llama-3-8b to tp {tp}", LLAMA_8B if ON_GPU else TOY, "trtllm", tp)
 
 
-@pytest.fixture
-def checked(bench: Bench) -> Callable[[Case, str], Work]:
-    """Weights and a plan that gives what the reference gives."""
-
-    def make(case: Case, scheme: str) -> Work:
-        bench.measure_copy()
-        work = Work(case, scheme, bench.device)
-        if not work.is_equal():
-            pytest.fail("RED: not equal to the reference; no figure")
-        return work
-
-    return make
-
-
 def known(work: Work, **more: float) -> dict[str, float]:
     """What a plot is drawn against."""
     return {"source_bytes": work.source_bytes, "tensors": len(work.weights), **more}
 
 
-LAUNCHES: dict[str, Callable[[Work], Callable[[], object]]] = {
-    "warm launch": lambda work: work.batch.run,
-    "kept plan, CUDA graph": lambda work: work.refit(graph=True).run,
-}
-
-
-@pytest.mark.parametrize("way", LAUNCHES)
+@pytest.mark.parametrize("way", ["warm launch", "kept plan, CUDA graph"])
 @pytest.mark.parametrize("size", WHOLE_SIZES)
-def test_size(
-    size: float, way: str, checked: Callable[[Case, str], Work], timed: Timed, bench: Bench
-) -> None:
+def test_size(size: float, way: str, timed: Timed, bench: Bench) -> None:
     """The launches against the source's bytes."""
     if bench.is_toy and "graph" in way:
         pytest.skip("a CUDA graph needs a GPU")
-    work = checked(by_size(size), "given")
-    run = LAUNCHES[way](work)
+    work = checked(bench, by_size(size), "given")
+    run = WAYS[way](work)
     timed(work.case.name, "given", way, work.moved_bytes, run, known(work))
 
 
@@ -140,27 +120,21 @@ def test_size_in_buckets(size: float, bench: Bench, timed: Timed) -> None:
     timed(work.case.name, "block", "buckets", nbytes, run, known(work), rounds=10)
 
 
-WAYS: dict[str, Callable[[Work], Callable[[], object]]] = {
-    "warm launch": lambda work: work.batch.run,
-    "first call": lambda work: work.first_call(),
-}
-
-
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WARM_AND_FIRST)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_tensors(width: int, way: str, checked: Callable[[Case, str], Work], timed: Timed) -> None:
+def test_tensors(width: int, way: str, timed: Timed, bench: Bench) -> None:
     """A number of tensors that grows sixty-fourfold, of the same bytes in all."""
-    work = checked(by_width(width), "given")
+    work = checked(bench, by_width(width), "given")
     nbytes, details = work.moved_bytes, known(work, **work.stages())
     run = WAYS[way](work)
     timed(work.case.name, "given", way, nbytes, run, details, rounds=7)
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", WARM_AND_FIRST)
 @pytest.mark.parametrize("tp", TPS)
-def test_tp(tp: int, way: str, checked: Callable[[Case, str], Work], timed: Timed) -> None:
+def test_tp(tp: int, way: str, timed: Timed, bench: Bench) -> None:
     """One whole model for more and more ranks."""
-    work = checked(by_tp(tp), "bf16")
+    work = checked(bench, by_tp(tp), "bf16")
     nbytes, details = work.moved_bytes, known(work, tp=tp, **work.stages())
     run = WAYS[way](work)
     timed(work.case.name, "bf16", way, nbytes, run, details, rounds=7)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 
@@ -14,6 +14,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 
 from .measure import Run, clock, copy_rate, default_device, extra_memory, launches, machine
 from .results import Row, save
+from .work import Case, Work
 
 # Bytes of the copy: on a GPU more than any cache holds.
 COPY_BYTES = {"cuda": 4 << 30, "cpu": 8 << 20}
@@ -64,6 +65,17 @@ class Bench:
         if self.directory is not None and self.rows:
             command = os.environ.get("FUSEPORT_BENCH_COMMAND", "python -m pytest benchmarks")
             save(self.directory, self.rows, command, failed)
+
+
+def checked(
+    bench: Bench, case: Case, scheme: str, wanted: Callable[[str], bool] = lambda name: True
+) -> Work:
+    """Weights and a plan that gives what the reference gives: without that there is no figure."""
+    bench.measure_copy()
+    work = Work(case, scheme, bench.device, wanted)
+    if not work.is_equal():
+        pytest.fail("RED: not equal to the reference; no figure")
+    return work
 
 
 class Timed:

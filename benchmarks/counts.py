@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 
 import torch
 
@@ -39,9 +38,7 @@ def planned_moves(case: Case, scheme: str) -> tuple[int, list[Move]]:
         name: torch.empty(shape, dtype=torch.bfloat16, device=META)
         for name, shape in case.shapes().items()
     }
-    scales = None
-    if case.takes_scales(scheme):
-        scales = given_scales(case.spec, QUANT_SCALE)
+    scales = given_scales(case.spec, QUANT_SCALE) if case.takes_scales(scheme) else None
     model = read_model(weights, case.spec)
     plan = plan_memory(weights, model, case.spec, case.recipe(scheme), scales)
     return len(weights), moves_of(plan)
@@ -68,16 +65,10 @@ def count(case: Case, scheme: str) -> dict[str, object]:
     }
 
 
-def counts() -> Iterator[dict[str, object]]:
-    """Every model and scheme."""
-    for case, scheme in COUNTED:
-        yield count(case, scheme)
-
-
 def main() -> None:
-    """Print a line for each."""
-    for one in counts():
-        print(json.dumps(one), flush=True)
+    """Print a line for each model and scheme."""
+    for case, scheme in COUNTED:
+        print(json.dumps(count(case, scheme)), flush=True)
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from fuseport.converter.shards import Place
 
 from .models import cut, random_weights, shapes
 from .multigpu_world import World
+from .work import same_bits
 
 Weights = dict[str, torch.Tensor]
 Run = Callable[[], Weights]
@@ -139,16 +140,9 @@ def is_right(world: World, case: Case, layers: int) -> bool:
     world.traffic.clear()
     expected = case.reference(random_weights(shapes(spec, case.padded), world.device), spec)
     good &= found.keys() == expected.keys() and all(
-        map(same, found.values(), map(expected.get, found))
+        same_bits(found[name], expected[name]) for name in found
     )
     return world.all_say(good)
-
-
-def same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
-    """Equal dtype, shape and bytes."""
-    if other is None or (one.dtype, one.shape) != (other.dtype, other.shape):
-        return False
-    return torch.equal(*(t.contiguous().flatten().view(torch.uint8) for t in (one, other)))
 
 
 def timed(world: World, case: Case, layers: int) -> Record:

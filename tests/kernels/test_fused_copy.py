@@ -156,8 +156,8 @@ def test_moves_of_one_shape_need_not_be_aligned_alike(dst: int, src: int) -> Non
     new = torch.zeros_like(old)
 
     def move(number: int, dst: int, src: int) -> Move:
-        views = (new[number, dst : 4096 + dst], old[number, src : 4096 + src])
-        return Move(*(one.view(8, 512) for one in views))
+        target, source = new[number, dst : 4096 + dst], old[number, src : 4096 + src]
+        return Move(target.view(8, 512), source.view(8, 512))
 
     moves = [move(0, 0, 0), move(1, dst, src)]
     batch = FusedCopy(moves)
