@@ -65,6 +65,8 @@ def faults(source: str, file: Path) -> list[str]:
             bad.append(f"{file} imports {name}")
         if file in REFERENCES and not allowed_in_reference(name):
             bad.append(f"{file} imports {name}")
+        if file.parent == SUPPORT and file.stem not in DRIVERS and uses_fuseport(name):
+            bad.append(f"{file} imports {name}")
     return bad
 
 
@@ -76,6 +78,20 @@ def allowed_in_reference(name: str) -> bool:
     top, _, rest = name.partition(".")
     known = {"move", "quant", "quant_reference"}
     return top not in {"triton", "kernels"} or rest.partition(".")[0] in known
+
+
+SUPPORT = Path("tests/support/fuseport_testing")
+# What runs fuseport, or fills its moves. All else there judges it, or makes what it is given.
+DRIVERS = {
+    "amax_worker", "coverage_fuzz", "dropin", "dropin_worker", "faulty", "matrices", "pages",
+    "refit_worker", "report_image",
+}  # fmt: skip
+
+
+def uses_fuseport(name: str) -> bool:
+    """By itself, or through an asset that does."""
+    parts = name.split(".")
+    return parts[0] in {"kernels", "converter"} or not DRIVERS.isdisjoint(parts)
 
 
 @pytest.mark.parametrize("file", FILES, ids=str)
@@ -102,6 +118,9 @@ def test_the_folders_were_found() -> None:
         ("kernels/reference.py", "from . import amax"),
         ("kernels/reference.py", "import triton.language as tl"),
         ("tests/kernels/test_move.py", "import triton"),
+        ("tests/support/fuseport_testing/oracle.py", "from fuseport.kernels import codecs"),
+        ("tests/support/fuseport_testing/oracle.py", "from .dropin import shards"),
+        ("tests/support/fuseport_testing/oracle.py", "from fuseport_testing import matrices"),
     ],
 )
 def test_a_backward_import_is_found(file: str, source: str) -> None:
@@ -119,6 +138,8 @@ def test_a_backward_import_is_found(file: str, source: str) -> None:
         ),
         ("tests/kernels/test_move.py", "from fuseport.kernels.move import Move"),
         ("benchmarks/aot.py", "import triton\nfrom fuseport.kernels import move"),
+        ("tests/support/fuseport_testing/oracle.py", "from .cases import Case"),
+        ("tests/support/fuseport_testing/dropin.py", "from fuseport.converter import megatron"),
     ],
 )
 def test_a_forward_import_passes(file: str, source: str) -> None:

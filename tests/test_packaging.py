@@ -82,9 +82,9 @@ def test_the_type_markers_are_installed(target: Path) -> None:
     assert all((target / "fuseport" / folder / "py.typed").is_file() for folder in FOLDERS)
 
 
-def test_no_other_top_level_name(target: Path) -> None:
+def test_no_other_top_level_name(sdist: Path, target: Path) -> None:
     names = {path.name for path in target.iterdir()}
-    assert names - {"bin"} == {"fuseport", "fuseport-0.1.0.dist-info"}
+    assert names - {"bin"} == {"fuseport", sdist.name.replace(".tar.gz", ".dist-info")}
 
 
 def test_fuseport_and_kernels_are_namespace_packages(target: Path) -> None:

@@ -48,23 +48,33 @@ SUITES = {
 }
 
 
-def drawn(suites: dict[str, Any], directory: Path) -> dict[str, str]:
-    """Plot → the SVG's text."""
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of a card with all suites, and of one with a single suite."""
     pytest.importorskip("matplotlib")
-    file = directory / "a-card.json"
-    file.write_text(json.dumps({"card": "A Card 9000", "suites": suites}))
+    directory = tmp_path_factory.mktemp("plots")
+    cards = {"a-card": SUITES, "one-suite": {"peers": SUITES["peers"]}}
+    for name, suites in cards.items():
+        text = json.dumps({"card": "A Card 9000", "suites": suites})
+        (directory / f"{name}.json").write_text(text)
+    files = [str(directory / f"{name}.json") for name in cards]
     out = directory / "images"
-    command = [sys.executable, "-m", "benchmarks.plots", str(file), "--out", str(out)]
+    command = [sys.executable, "-m", "benchmarks.plots", *files, "--out", str(out)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    made = {path.name for path in out.iterdir()}
+    return out
+
+
+def drawn(images: Path, card: str) -> dict[str, str]:
+    """Plot → the SVG's text."""
+    made = {path.name for path in images.glob(f"{card}-*")}
     plots = {name.split("-")[-1].split(".")[0] for name in made}
-    assert made == {f"a-card-{plot}.{end}" for plot in plots for end in ("svg", "png")}
-    return {plot: (out / f"a-card-{plot}.svg").read_text() for plot in plots}
+    assert made == {f"{card}-{plot}.{end}" for plot in plots for end in ("svg", "png")}
+    return {plot: (images / f"{card}-{plot}.svg").read_text() for plot in plots}
 
 
-def test_every_figure_has_its_place_and_its_source(tmp_path: Path) -> None:
-    plots = drawn(SUITES, tmp_path)
+def test_every_figure_has_its_place_and_its_source(images: Path) -> None:
+    plots = drawn(images, "a-card")
     assert set(plots) == {"peers", "stages", "scaling"}
     for text in plots.values():
         assert "A Card 9000, torch 0.1, triton 0.2, 1999-12-31, `made up`" in text
@@ -77,5 +87,5 @@ def test_every_figure_has_its_place_and_its_source(tmp_path: Path) -> None:
         assert word in plots["scaling"]
 
 
-def test_what_was_not_measured_is_not_drawn(tmp_path: Path) -> None:
-    assert set(drawn({"peers": SUITES["peers"]}, tmp_path)) == {"peers"}
+def test_what_was_not_measured_is_not_drawn(images: Path) -> None:
+    assert set(drawn(images, "one-suite")) == {"peers"}

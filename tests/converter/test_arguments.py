@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from fuseport_testing.small import FACTS, SHAPES
+from fuseport_testing.smallest import FACTS, SHAPES
 from fuseport_testing.tiny import write_tiny
 
 from fuseport.converter import (

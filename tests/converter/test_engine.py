@@ -15,7 +15,7 @@ import pytest
 import torch
 from fuseport_testing.cases import CASES
 from fuseport_testing.megatron_models import Run
-from fuseport_testing.small import FACTS, SHAPES
+from fuseport_testing.smallest import FACTS, SHAPES
 from fuseport_testing.sparse import write_sparse
 from fuseport_testing.tiny import write_tiny
 from hypothesis import given, settings

@@ -1,4 +1,5 @@
 """Test assets: real Megatron models, a plain converter and a plain runtime to judge fuseport by.
 
-Nothing here imports fuseport: what is compared with it must not be made by it.
+What is compared with fuseport must not be made by it: only what drives it imports it, and that is
+listed in `tests/test_imports.py`.
 """

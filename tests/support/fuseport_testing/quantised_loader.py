@@ -20,7 +20,6 @@ from safetensors.torch import load_file, save_file
 State = dict[str, torch.Tensor]
 Decode = Callable[..., torch.Tensor]
 
-SETTINGS = ("quantization_config",)
 # What codes are stored as, and what NVFP4's second scale is called.
 CODES, SECOND = (torch.float8_e4m3fn, torch.uint8), ".weight_scale_2"
 
@@ -135,8 +134,7 @@ def write_plain(directory: Path, out: Path) -> Path:
     """The same model in fp32, as a checkpoint that says nothing of quantisation."""
     out.mkdir()
     config: dict[str, Any] = json.loads((directory / "config.json").read_text())
-    for name in SETTINGS:
-        config.pop(name, None)
+    config.pop("quantization_config", None)
     (out / "config.json").write_text(json.dumps({**config, "dtype": "float32"}))
     if (directory / "generation_config.json").is_file():
         shutil.copy(directory / "generation_config.json", out)
