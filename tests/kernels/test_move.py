@@ -155,6 +155,9 @@ def test_scales_that_do_not_fit_are_refused() -> None:
     for scale, first in ((torch.empty(3), 0), (torch.empty(4), 1), (torch.empty(4), -1)):
         with pytest.raises(ValueError, match=r"RowScale has scales for . rows"):
             Move(codes, source, quant=RowScale(scale, 64, first))
+    for scales in (torch.empty(4, dtype=torch.bfloat16), torch.empty(8)[::2]):
+        with pytest.raises(ValueError, match=r"RowScale needs a contiguous .*float32"):
+            RowScale(scales, 64)
     with pytest.raises(ValueError, match="needs 2 scales across 64 elements"):
         MxScale(torch.empty(4, 3, dtype=torch.uint8), 64)
     with pytest.raises(ValueError, match=r"found 64\.0"):
