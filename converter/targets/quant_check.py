@@ -69,7 +69,7 @@ def hf_shapes(shapes: Shapes, config: Mapping[str, Any], modelopt: Mapping[str, 
     """
     own = config.get("quantization_config") or {}
     stated = modelopt.get("quantization") or {}
-    algorithm = stated.get("quant_algo") or own.get("quant_method")
+    algorithm = stated.get("quant_algo") or own.get("quant_algo") or own.get("quant_method")
     if algorithm == "fp8" and "weight_block_size" not in own:
         algorithm = "fp8, whole"
     kept = [
@@ -78,8 +78,11 @@ def hf_shapes(shapes: Shapes, config: Mapping[str, Any], modelopt: Mapping[str, 
         *own.get("ignore", ()),
     ]
     if algorithm == "compressed-tensors":
-        weights = own["config_groups"]["group_0"]["weights"]
-        return _quantised(shapes, COMPRESSED[weights["strategy"]], kept)
+        groups = own["config_groups"]
+        # Without one only the KV cache is quantised.
+        if not groups:
+            return shapes
+        return _quantised(shapes, COMPRESSED[groups["group_0"]["weights"]["strategy"]], kept)
     return _quantised(shapes, HF[algorithm], kept) if algorithm else shapes
 
 

@@ -56,16 +56,21 @@ def hf_quantization(
         unquantised: linears that stay as they are.
         static: whether there are static scales of activations.
     """
-    if recipe.quant == "none":
-        return (
-            {} if recipe.kv_cache == "none" else {HF_QUANT_CONFIG: _modelopt_file(recipe, None, [])}
-        )
-    row = written(recipe, static)
     cache = {"kv_cache_scheme": _STATIC_FP8} if recipe.kv_cache == "fp8" else {}
+    if recipe.quant == "none":
+        return _only_cache(recipe, cache) if cache else {}
+    row = written(recipe, static)
     said = {CONFIG: cache | SAID[row.said](recipe, row, unquantised)}
     if row.algorithm is None:
         return said
     return said | {HF_QUANT_CONFIG: _modelopt_file(recipe, row.algorithm, unquantised)}
+
+
+def _only_cache(recipe: Recipe, cache: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Where the KV cache alone is quantised: under ModelOpt's words vLLM loads no such weights."""
+    if recipe.profile == "trtllm":
+        return {HF_QUANT_CONFIG: _modelopt_file(recipe, None, [])}
+    return {CONFIG: {**_PACKED, "format": "dense", "ignore": [], "config_groups": {}, **cache}}
 
 
 # compressed-tensors' description of keys and values in e4m3 with scales that are in the file.
@@ -85,7 +90,8 @@ def _fp8(recipe: Recipe, row: Written, unquantised: Sequence[str]) -> dict[str, 
     }
 
 
-# compressed-tensors' words for how weights, and the activations with them, are scaled.
+_PACKED = {"quant_method": "compressed-tensors", "quantization_status": "compressed"}
+# Its words for how weights, and the activations with them, are scaled.
 STRATEGIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "fp8": ({"strategy": "tensor"}, {"strategy": "token"}),
     "fp8-row": ({"strategy": "channel"}, {"strategy": "token"}),
@@ -100,9 +106,8 @@ def _compressed_tensors(recipe: Recipe, row: Written, unquantised: Sequence[str]
     common = {"num_bits": 8, "type": "float", "symmetric": True}
     weights, activations = STRATEGIES[recipe.quant]
     return {
-        "quant_method": "compressed-tensors",
+        **_PACKED,
         "format": "float-quantized",
-        "quantization_status": "compressed",
         "ignore": list(unquantised),
         "config_groups": {
             "group_0": {

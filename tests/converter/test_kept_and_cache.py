@@ -49,7 +49,7 @@ def load(directory: Path) -> State:
 @pytest.mark.parametrize(
     ("target", "prefix", "files"),
     [
-        ("hf", "model.layers.", ("hf_quant_config.json", "quantization", "exclude_modules")),
+        ("hf", "model.layers.", ("config.json", "quantization_config", "modules_to_not_convert")),
         ("trtllm", "transformer.layers.", ("config.json", "quantization", "exclude_modules")),
     ],
 )
@@ -115,8 +115,8 @@ def test_scales_of_a_unified_cache(megatron_run: Runs) -> None:
 @pytest.mark.parametrize(
     ("quant", "place"),
     [
-        ("none", ("hf_quant_config.json", "quantization", "kv_cache_quant_algo")),
-        ("fp8", ("hf_quant_config.json", "quantization", "kv_cache_quant_algo")),
+        ("none", ("config.json", "quantization_config", "kv_cache_scheme")),
+        ("fp8", ("config.json", "quantization_config", "kv_cache_scheme")),
         ("fp8-row", ("config.json", "quantization_config", "kv_cache_scheme")),
         ("fp8-block", ("config.json", "quantization_config", "kv_cache_scheme")),
     ],
