@@ -26,6 +26,7 @@ from .errors import (
     SourceError,
     VerificationError,
 )
+from .group import Group
 from .limits import Limits
 from .model import ModelSpec
 from .parallel import Parallel
@@ -34,6 +35,7 @@ from .shards import Place
 from .sources.megatron_names import IGNORED
 from .sources.stored_fp8 import is_stored_fp8
 from .targets.parts import TargetTensor
+from .timings import Timings
 
 Class = type[FuseportError]
 
@@ -55,7 +57,7 @@ EXPECTED = {
     "spec": Expected(ModelSpec, "a ModelSpec", ModelError),
     "facts": Expected(Mapping, "a mapping of names to values, such as vars(config)", ModelError),
     "recipe": Expected(Recipe, "a Recipe", RecipeError),
-    "scales": Expected(Mapping, "a mapping of modules to GivenScale", ScaleError),
+    "scales": Expected(Mapping, "a mapping of names to scales", ScaleError),
     "limits": Expected(Limits, "Limits", RecipeError),
     "progress": Expected(Callable, "a function of a number of bytes", RecipeError),  # type: ignore[arg-type]
     "place": Expected(Place, "a Place", RecipeError),
@@ -65,6 +67,8 @@ EXPECTED = {
     "quantisation": Expected(Recipe, "a Recipe", RecipeError),
     "trtllm_conversion_dict": Expected(Mapping, "a mapping of names to TRTLLMLayers", RecipeError),
     "tokenizer_vocab_size": Expected(Integral, "a whole number of rows", RecipeError),
+    "group": Expected(Group, "a Group, as fuseport.converter.group.joined gives one", RecipeError),
+    "timings": Expected(Timings, "Timings", RecipeError),
     "nbytes": Expected(Integral, "a whole number of bytes", RecipeError),
 }
 
@@ -82,10 +86,10 @@ def check_given(**arguments: object) -> None:
     check_kinds(**{name: value for name, value in arguments.items() if value is not None})
 
 
-def check_run(progress: object, limits: object) -> None:
-    """The options that all runs over files have."""
+def check_run(progress: object, **options: object) -> None:
+    """The options that runs over files have; `options` may be left out."""
     check_kinds(progress=progress)
-    check_given(limits=limits)
+    check_given(**options)
 
 
 def _found(value: object) -> str:

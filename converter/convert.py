@@ -93,7 +93,7 @@ def convert_checkpoint(
     Raises:
         FuseportError: see `errors`; `out` is as it was.
     """
-    check_run(progress, limits)
+    check_run(progress, limits=limits, timings=timings, group=group)
     out = out_path(out)
     plan = _plan(source, recipe, facts)
     keep_apart(plan.source.origin, out)

@@ -55,7 +55,7 @@ def export_state_dict(
     Raises:
         FuseportError: see `errors`; `out` is as it was.
     """
-    check_run(progress, limits)
+    check_run(progress, limits=limits, timings=timings)
     out = out_path(out)
     plan = _plan_memory(state_dict, spec, recipe, scales)
     where = next(iter(plan.source.tensors.values())).device

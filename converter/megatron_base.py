@@ -16,7 +16,7 @@ from .arguments import check_given, check_kinds
 from .backend import choose
 from .choices import FROM_SOURCE
 from .claims import PartialClaims
-from .errors import ModelError, RecipeError, ScaleError
+from .errors import FuseportError, ModelError, RecipeError, ScaleError
 from .layout import leaves
 from .model import ModelSpec
 from .recipe import DTYPES, Recipe
@@ -68,6 +68,29 @@ def _checked_scales(scales: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(scales or {})
 
 
+# Megatron's own objects, by the arguments' names → its class, and what is asked of one.
+FIELDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "transformer_config": ("TransformerConfig", ("num_attention_heads", "__dict__")),
+    "export_config": ("ExportConfig", ("inference_tp_size", "use_parallel_embedding")),
+    "mapping": (
+        "tensorrt_llm.Mapping",
+        ("tp_size", "tp_rank", "pp_layers", "is_first_pp_rank", "is_last_pp_rank"),
+    ),
+}
+
+
+def check_fields(error: type[FuseportError], **objects: object) -> None:
+    """Raise `error` for an object that lacks what `FIELDS` says of an argument of its name."""
+    for name, value in objects.items():
+        kind, fields = FIELDS[name]
+        lacking = [field for field in fields if not hasattr(value, field)]
+        if lacking:
+            raise error(
+                f"{name} must be a {kind}, or an object with its fields, found "
+                f"{type(value).__name__}, which has no {lacking[0]}"
+            )
+
+
 class WeightsConverter:
     """What both converters share: facts, scales, and the run of a plan."""
 
@@ -80,11 +103,7 @@ class WeightsConverter:
         scales: Mapping[str, Any] | None,
         backend: str,
     ) -> None:
-        if not hasattr(transformer_config, "num_attention_heads"):
-            raise ModelError(
-                f"transformer_config must be a TransformerConfig, or an object with its fields, "
-                f"found {type(transformer_config).__name__}"
-            )
+        check_fields(ModelError, transformer_config=transformer_config)
         self.transformer_config = transformer_config
         self.storage_type = str_dtype_to_torch(dtype)
         self.activation = activation
@@ -211,10 +230,10 @@ def chunks_of(model_state_dict: object) -> tuple[list[dict[str, Any]], bool]:
     return chunks, not several
 
 
-def check_call(conversion: object, vocab_size: object) -> None:
+def check_call(conversion: object, vocab_size: Any) -> None:
     """Raise RecipeError unless these can be a conversion's arguments."""
     check_kinds(trtllm_conversion_dict=conversion, tokenizer_vocab_size=vocab_size)
-    if isinstance(vocab_size, int) and vocab_size < 1:
+    if vocab_size < 1:
         raise RecipeError(f"tokenizer_vocab_size must be at least 1, found {vocab_size}")
 
 

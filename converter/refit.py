@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -101,6 +102,12 @@ class Refit:
                 "graph=True needs parameters on a GPU, and slices that other processes hold, or "
                 "scales that are found with them, cannot be part of a graph; leave it out"
             )
+
+    def __reduce__(self) -> NoReturn:
+        raise RecipeError(
+            "a Refit cannot be copied or pickled: it knows where this process's parameters are; "
+            "make another one"
+        )
 
     @property
     def device(self) -> torch.device:

@@ -27,6 +27,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .errors import CorruptSourceError, ScaleError, SourceError
+from .facts import plain
 
 MAX_FILE_BYTES = 64 * 2**20
 _TINY = float(np.finfo(np.float32).tiny)
@@ -136,6 +137,7 @@ def _exactness(pattern: str, name: str) -> tuple[bool, int]:
 
 def _usable(value: object, what: str) -> float:
     """The value as fp32 has it."""
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ScaleError(f"{what} is {type(value).__name__}, expected a number")
     try:
@@ -173,6 +175,12 @@ def table_of(entries: object, origin: str) -> ScaleTable:
     Raises:
         ScaleError: as `read_scales`.
     """
+    if not isinstance(entries, Mapping):
+        raise ScaleError(
+            f"{origin} must be a mapping such as {{'*.mlp.down_proj': {{'weight': 0.01}}}}, or "
+            f"'source', found {entries!r:.100}; of a file it is what json.load, or "
+            f"fuseport.converter.scales.read_scales(PATH).entries, makes of it"
+        )
     return ScaleTable(_modules(entries, origin), origin)
 
 
@@ -194,15 +202,17 @@ def _read_json(path: Path) -> dict[str, ModuleScales]:
 
 
 def _modules(entries: object, origin: str) -> dict[str, ModuleScales]:
-    if not isinstance(entries, dict):
+    if not isinstance(entries, Mapping):
         raise ScaleError(f"{origin}: expected an object of modules, found {type(entries).__name__}")
     return {str(name): _module(one, f"{origin}: {name}") for name, one in entries.items()}
 
 
 def _module(scales: object, what: str) -> ModuleScales:
-    if not isinstance(scales, dict) or not scales:
-        raise ScaleError(f'{what} must be an object such as {{"weight": 0.01}}')
-    unknown = sorted(scales.keys() - set(KINDS))
+    if not isinstance(scales, Mapping) or not scales:
+        raise ScaleError(
+            f'{what} must be an object such as {{"weight": 0.01}}, found {scales!r:.100}'
+        )
+    unknown = sorted(scales.keys() - set(KINDS), key=str)
     if unknown:
         raise ScaleError(f"{what} has {unknown[0]}, which is none of {', '.join(KINDS)}")
     return ModuleScales(**{kind: _usable(v, f"{what}: {kind}") for kind, v in scales.items()})

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
+import json
+import pickle
 from argparse import Namespace
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,9 +28,18 @@ from fuseport.converter import (
     plan_checkpoint,
     verify_checkpoint,
 )
-from fuseport.converter.errors import FuseportWarning, RecipeError, ScaleError
+from fuseport.converter.errors import (
+    FuseportWarning,
+    MissingTensorError,
+    RecipeError,
+    ScaleError,
+)
 from fuseport.converter.limits import Limits
-from fuseport.converter.megatron import DistributedTRTLLMModelWeightsConverter, Parallel
+from fuseport.converter.megatron import (
+    DistributedTRTLLMModelWeightsConverter,
+    Parallel,
+    SingleDeviceTRTLLMModelWeightsConverter,
+)
 from fuseport.converter.refit import Refit
 from fuseport.converter.shards import Place
 from fuseport.kernels.quant import GivenScale
@@ -123,6 +136,7 @@ def test_a_refits_own_arguments() -> None:
         ({"place": {}}, "place must be a Place, found dict"),
         ({"place": Place(tp_size=2)}, "tp_size 2 .* the group has 1"),
         ({"wants": 0}, "wants must be a list"),
+        ({"group": "x"}, "group must be a process group .* found 'x'"),
         ({"wants": [0, 0]}, "each to be named once"),
         ({"outputs": {}}, "outputs must be a list of dicts"),
         ({"outputs": []}, "outputs has 0 dicts"),
@@ -157,6 +171,8 @@ def test_wrong_arguments_for_files(tmp_path: Path) -> None:
         (convert_checkpoint, (source, out), {"device": 0}, "device '0' is none of"),
         (convert_checkpoint, (source, out), {"limits": 1 << 30}, "limits must be Limits"),
         (convert_checkpoint, (source, out), {"progress": None}, "progress must be a function"),
+        (convert_checkpoint, (source, out), {"group": "x"}, "group must be a Group, .* found 'x'"),
+        (convert_checkpoint, (source, out), {"timings": True}, "timings must be Timings"),
         (convert_checkpoint, (plan_checkpoint(source, HF), out, HF), {}, "a plan has its recipe"),
         (plan_checkpoint, (source, None), {}, "recipe must be a Recipe, found None"),
         (verify_checkpoint, (None,), {}, "out must be a path"),
@@ -240,6 +256,7 @@ def drop_in(state: Any = STATE, vocab: Any = 32, names: Any = None, **changed: A
         ({"state": {**STATE, ONE: torch.ones(8, 16, device="meta")}}, f"{ONE}.* has no values"),
         ({"vocab": None}, "tokenizer_vocab_size must be a whole number of rows, found None"),
         ({"vocab": 0}, "tokenizer_vocab_size must be at least 1, found 0"),
+        ({"vocab": np.int64(0)}, "tokenizer_vocab_size must be at least 1, found 0"),
         ({"names": [1]}, "trtllm_conversion_dict must be a mapping .* found list"),
         ({"names": {ONE: "x", "decoder.layers.mlp.linear_fc2.weight": "x"}}, "becomes 'x'"),
         ({"transformer_config": vars(CONFIG)}, "transformer_config must be .* found dict"),
@@ -253,6 +270,81 @@ def drop_in(state: Any = STATE, vocab: Any = 32, names: Any = None, **changed: A
 def test_wrong_arguments_of_the_drop_in(changed: dict[str, Any], words: str) -> None:
     with pytest.raises(FuseportError, match=words):
         drop_in(**changed)
+
+
+def test_wrong_arguments_of_the_single_device_drop_in() -> None:
+    with pytest.raises(RecipeError, match=r"export_config must be .* found NoneType"):
+        SingleDeviceTRTLLMModelWeightsConverter(None, CONFIG, "bfloat16")
+    sizes = Namespace(inference_tp_size=1, inference_pp_size=1, use_parallel_embedding=False)
+    converter = SingleDeviceTRTLLMModelWeightsConverter(sizes, CONFIG, "bfloat16")
+    with pytest.raises(MissingTensorError, match=r"call convert .* first"):
+        converter.get_padded_vocab_size()
+    with pytest.raises(RecipeError, match=r"mapping must be .* which has no tp_size"):
+        converter.get_local_model_weights_per_gpu(None, None)
+
+
+def test_wrong_places() -> None:
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"tp_group": "x"}, "tp_group must be a process group .* found 'x'"),
+        ({"pp_group": 3}, "pp_group must be a process group .* found 3"),
+        ({"ep_size": "2"}, "ep_size '2' does not divide"),
+    ]
+    for arguments, words in wrong:
+        with pytest.raises(RecipeError, match=words):
+            Parallel(**arguments)
+    with pytest.raises(RecipeError, match="call init_process_group"):
+        Parallel.from_groups(None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [np.int64, np.uint16, torch.tensor], ids=str)
+def test_scalars_of_numpy_and_torch_are_numbers(number: Callable[[int], Any]) -> None:
+    numbers = {name: number(value) for name, value in FACTS.items()}
+    spec, read = ModelSpec(**numbers), ModelSpec.from_facts(numbers, rotary_base=number(5000))
+    assert spec == SPEC
+    for one in (spec, read, Recipe(tp_size=number(2))):
+        # As what they are they would end in the manifest.
+        assert json.loads(json.dumps(dataclasses.asdict(one)))
+    assert ModelSpec.from_facts(FACTS, layernorm_epsilon=np.float32(0.25)).layernorm_epsilon == 0.25
+    with pytest.raises(FuseportError, match=r"num_layers must be a whole number .* found 1.5"):
+        ModelSpec.from_facts(FACTS, num_layers=np.float64(1.5))
+    with pytest.raises(FuseportError, match="num_layers must be a whole number"):
+        ModelSpec.from_facts(FACTS, num_layers=torch.tensor(1, device="meta"))
+
+
+def test_lists_and_arrays_are_facts_too() -> None:
+    experts = {**FACTS, "num_moe_experts": 2, "moe_ffn_hidden_size": 8, "moe_router_topk": 1}
+    spec = ModelSpec(**experts, moe_layers=[True])  # type: ignore[arg-type]
+    assert spec.moe_layers == (True,)
+    assert ModelSpec.from_facts(experts, moe_layers=np.array([1])).moe_layers == (True,)
+    with pytest.raises(FuseportError, match="gated_linear_unit must be true or false"):
+        ModelSpec.from_facts(FACTS, gated_linear_unit=np.ones(2))
+
+
+def test_a_recipes_scales() -> None:
+    given = {"*.fc": MappingProxyType({"weight": np.float32(0.25)})}
+    recipe = Recipe(scales=MappingProxyType(given))  # type: ignore[arg-type]
+    given.clear()
+    assert recipe.scales == {"*.fc": {"weight": 0.25}}
+    assert json.dumps(dataclasses.asdict(recipe))
+    with pytest.raises(ScaleError, match=r"scales must be a mapping .* found 'file.json'; .*load"):
+        Recipe(scales="file.json")
+
+
+def test_a_family_that_no_manifest_can_hold() -> None:
+    with pytest.raises(RecipeError, match=r"family of the recipe .* set is not JSON"):
+        Recipe(family={"like": "llama", "model_type": "mine", "written": {"a": {1}}})
+
+
+def test_copies_of_plans_and_refits(tmp_path: Path) -> None:
+    plan = plan_checkpoint(write_tiny(tmp_path / "source"), HF)
+    for number, again in enumerate((copy.copy(plan), copy.deepcopy(plan))):
+        convert_checkpoint(again, tmp_path / f"out{number}")
+    with pytest.raises(RecipeError, match=r"a plan cannot be pickled; .* plan_checkpoint"):
+        pickle.dumps(plan)
+    refit = Refit(STATE, SPEC, HF)
+    for way in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(RecipeError, match="a Refit cannot be copied or pickled"):
+            way(refit)
 
 
 def test_the_drop_in_takes_any_mapping_and_outlives_inference_mode() -> None:
