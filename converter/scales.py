@@ -72,7 +72,7 @@ class ScaleTable:
     def __init__(self, entries: Mapping[str, ModuleScales], origin: str) -> None:
         self.origin = origin
         self._entries = {
-            (name, kind): _usable(value, f"{origin}: {kind} of {name}")
+            (name, kind): usable(value, f"{origin}: {kind} of {name}")
             for name, scales in entries.items()
             for kind, value in asdict(scales).items()
             if value is not None
@@ -135,8 +135,12 @@ def _exactness(pattern: str, name: str) -> tuple[bool, int]:
     return pattern == name, len(_WILDCARD.sub("", pattern))
 
 
-def _usable(value: object, what: str) -> float:
-    """The value as fp32 has it."""
+def usable(value: object, what: str) -> float:
+    """The value as fp32 has it.
+
+    Raises:
+        ScaleError: it is no number, or not finite, normal and positive in fp32.
+    """
     value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ScaleError(f"{what} is {type(value).__name__}, expected a number")
@@ -215,7 +219,7 @@ def _module(scales: object, what: str) -> ModuleScales:
     unknown = sorted(scales.keys() - set(KINDS), key=str)
     if unknown:
         raise ScaleError(f"{what} has {unknown[0]}, which is none of {', '.join(KINDS)}")
-    return ModuleScales(**{kind: _usable(v, f"{what}: {kind}") for kind, v in scales.items()})
+    return ModuleScales(**{kind: usable(v, f"{what}: {kind}") for kind, v in scales.items()})
 
 
 def _read_safetensors(path: Path) -> dict[str, ModuleScales]:
