@@ -215,7 +215,7 @@ def _finished(path: Path) -> dict[str, FileResult]:
 
 def keep_apart(source: Path, out: Path) -> None:
     """Raise OutputError if the result would lie within the source, or hold it."""
-    origin, target = source.resolve(), out.resolve()
+    origin, target = Path(os.path.realpath(source)), Path(os.path.realpath(out))
     # A run's directory is looked through for its iterations.
     iteration = target.parent == origin.parent and target.name.startswith("iter_")
     if iteration or target.is_relative_to(origin) or origin.is_relative_to(target):

@@ -42,6 +42,7 @@ from fuseport.converter.megatron import (
 )
 from fuseport.converter.refit import Refit
 from fuseport.converter.shards import Place
+from fuseport.converter.stages import chunks_as_one
 from fuseport.kernels.quant import GivenScale
 
 SPEC = ModelSpec(**FACTS)  # type: ignore[arg-type]
@@ -87,6 +88,10 @@ def ways(state: Any, spec: Any, recipe: Any, **options: Any) -> Iterator[Callabl
         ({**STATE, ONE: torch.ones(SHAPES[ONE]).to_sparse()}, f"{ONE} .*sparse_coo"),
         ({**STATE, ONE: Elsewhere(SHAPES[ONE])}, f"{ONE} is on cuda:0 and .* on cpu"),
         ({**STATE, ONE: np.ones(SHAPES[ONE])}, f"{ONE} is a ndarray, expected a torch.Tensor"),
+        ({**STATE, ONE: torch._neg_view(torch.ones(SHAPES[ONE]))}, f"{ONE} is a negative view"),
+        ({**STATE, ONE: torch.nn.UninitializedParameter()}, f"{ONE}, .* has no values"),
+        ({**STATE, f"module.{ONE}": torch.ones(1)}, f"twice, as {ONE} and module.{ONE}"),
+        ({**STATE, "a\x1b[2J\n": torch.ones(1)}, r"call for: a\\x1b\[2J\\n;"),
     ],
     ids=[
         "module",
@@ -100,6 +105,10 @@ def ways(state: Any, spec: Any, recipe: Any, **options: Any) -> Iterator[Callabl
         "sparse",
         "device",
         "numpy",
+        "negative",
+        "uninitialised",
+        "twice",
+        "unprintable",
     ],
 )
 def test_what_is_no_state_dict(state: Any, words: str) -> None:
@@ -119,10 +128,11 @@ def test_what_is_no_state_dict(state: Any, words: str) -> None:
             {"scales": {FC: ON_META}},
             "on meta, expected one on cpu",
         ),
-        ({"scales": {FC: GivenScale(0.0)}}, f"{FC} has the quant_scale 0.0"),
+        ({"scales": {FC: GivenScale(0.0)}}, f"{FC}: quant_scale is 0.0, expected"),
+        ({"scales": {FC: GivenScale(1e-45)}}, f"{FC}: quant_scale is 1e-45, expected"),
         ({"scales": {"model.layers.0.mlp": GivenScale(0.5)}}, "model.layers.0.mlp is no module"),
     ],
-    ids=["spec", "recipe", "class", "float", "device", "zero", "unknown"],
+    ids=["spec", "recipe", "class", "float", "device", "zero", "subnormal", "unknown"],
 )
 def test_wrong_arguments(arguments: dict[str, Any], words: str) -> None:
     given = {"spec": SPEC, "recipe": Recipe(), **arguments}
@@ -156,7 +166,8 @@ def test_a_refits_own_arguments() -> None:
 
 
 def test_wrong_arguments_for_files(tmp_path: Path) -> None:
-    source, out = write_tiny(tmp_path / "source"), tmp_path / "out"
+    source, out, loop = write_tiny(tmp_path / "source"), tmp_path / "out", tmp_path / "loop"
+    loop.symlink_to(loop)
     wrong: list[tuple[Callable[..., object], tuple[Any, ...], dict[str, Any], str]] = [
         (convert_checkpoint, (None, out), {}, "source must be a path, .* found None"),
         (convert_checkpoint, (source, 3), {}, "out must be a path, .* found 3"),
@@ -171,6 +182,11 @@ def test_wrong_arguments_for_files(tmp_path: Path) -> None:
         (convert_checkpoint, (source, out), {"device": 0}, "device '0' is none of"),
         (convert_checkpoint, (source, out), {"limits": 1 << 30}, "limits must be Limits"),
         (convert_checkpoint, (source, out), {"progress": None}, "progress must be a function"),
+        (convert_checkpoint, (source, out), {"overwrite": "no"}, "overwrite must be True or False"),
+        (convert_checkpoint, ("", out), {}, "source must be a path, .* found ''"),
+        (convert_checkpoint, (source, "a\0b"), {}, r"out must be a path, .* found 'a\\x00b'"),
+        (convert_checkpoint, (source, loop / "out"), {}, "cannot write"),
+        (convert_checkpoint, (source, out), {"assets": tmp_path / "no"}, "assets .*no directory"),
         (convert_checkpoint, (source, out), {"group": "x"}, "group must be a Group, .* found 'x'"),
         (convert_checkpoint, (source, out), {"timings": True}, "timings must be Timings"),
         (convert_checkpoint, (plan_checkpoint(source, HF), out, HF), {}, "a plan has its recipe"),
@@ -237,6 +253,7 @@ def test_given_scales_of_another_dtype_are_refused() -> None:
 
 
 CONFIG = Namespace(**FACTS, gated_linear_unit=True, normalization="RMSNorm", num_moe_experts=None)
+FC1, FC2 = "decoder.layers.mlp.linear_fc1.weight", "decoder.layers.mlp.linear_fc2.weight"
 FACTOR = f"{FC}.weights_scaling_factor"
 
 
@@ -258,12 +275,28 @@ def drop_in(state: Any = STATE, vocab: Any = 32, names: Any = None, **changed: A
         ({"vocab": 0}, "tokenizer_vocab_size must be at least 1, found 0"),
         ({"vocab": np.int64(0)}, "tokenizer_vocab_size must be at least 1, found 0"),
         ({"names": [1]}, "trtllm_conversion_dict must be a mapping .* found list"),
+        ({"names": dict.fromkeys((FC1, FC2), "transformer.layers.mlp.fc.weight")}, "both become"),
         ({"names": {ONE: "x", "decoder.layers.mlp.linear_fc2.weight": "x"}}, "becomes 'x'"),
         ({"transformer_config": vars(CONFIG)}, "transformer_config must be .* found dict"),
         ({"dtype": ["bfloat16"]}, "is none of bfloat16"),
         ({"parallel": (1, 0)}, "parallel must be a Parallel, found tuple"),
         ({"quantisation": "fp8"}, "quantisation must be a Recipe, found 'fp8'"),
+        ({"quantisation": Recipe(quant="fp8", keep_first=1)}, "keep_first = 1 is not taken over"),
+        ({"vocab": True}, "tokenizer_vocab_size must be a whole number of rows, found True"),
+        ({"state": MappingProxyType(STATE), "consume": True}, "mappingproxy cannot be emptied"),
+        ({"scales": {3: 1}}, "scales has the key 3"),
         ({"scales": {FACTOR: {}}}, f"{FACTOR} must be a dict with one number"),
+        *(
+            ({"scales": {FACTOR: {"weight_multiplier": value}}}, f"scales: .*{FACTOR} .*{words}")
+            for value, words in (
+                (0, "is 0, expected"),
+                (np.array([float("nan")]), "is nan, expected"),
+                (torch.tensor([-1.0]), "is -1.0, expected"),
+                (torch.ones(1, device="meta"), "one number"),
+                (np.array([1j]), "one number"),
+                (torch.ones(2), "one number"),
+            )
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -289,6 +322,16 @@ def test_wrong_places() -> None:
         ({"pp_group": 3}, "pp_group must be a process group .* found 3"),
         ({"ep_size": "2"}, "ep_size '2' does not divide"),
     ]
+    with pytest.raises(RecipeError, match="first_layer must be a layer's number, found 'x'"):
+        Place(first_layer="x")  # type: ignore[arg-type]
+    for chunks, layers, place, words in (
+        ([STATE], None, (0, 1), "num_layers must be a whole number of layers, found None"),
+        ([None], 1, (0, 1), "state_dict must be a mapping"),
+        ([], 1, (0, 1), "1 layers in 0 chunks"),
+        ([STATE], 1, (1, 1), "pp_rank 1 is outside pp_size 1"),
+    ):
+        with pytest.raises(FuseportError, match=words):
+            chunks_as_one(chunks, layers, pp_rank=place[0], pp_size=place[1])  # type: ignore[arg-type]
     for arguments, words in wrong:
         with pytest.raises(RecipeError, match=words):
             Parallel(**arguments)
