@@ -154,13 +154,14 @@ def usable(value: object, what: str) -> float:
     return rounded
 
 
-def read_scales(path: Path) -> ScaleTable:
+def read_scales(path: str | Path) -> ScaleTable:
     """Read a user's file of scales, `.json` or `.safetensors`.
 
     Raises:
         SourceError: it is not there, or of another kind. CorruptSourceError: damaged or too big.
         ScaleError: it has unknown keys, or a scale that cannot be used.
     """
+    path = Path(path)
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise SourceError(f"{path}: expected a file named *{' or *'.join(_READERS)}")
