@@ -141,7 +141,7 @@ def _straddling(fused: Iterable[TargetTensor], rows_per_scale: int) -> Iterator[
         yield (
             f"{module} has {rows} rows, which is no multiple of {rows_per_scale}: engines that "
             f"fuse it with others do not load its scales; keep such modules as they are with "
-            f"--exclude, or choose another scheme"
+            f"exclude (--exclude), or choose another scheme"
         )
 
 
