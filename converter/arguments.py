@@ -6,6 +6,7 @@ the caller, in an AttributeError that names nothing of theirs.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from numbers import Integral, Real
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, TypeGuard
 
 import torch
+from torch.nn.parameter import is_lazy
 
 from fuseport.kernels.move import GivenScale
 
@@ -24,16 +26,20 @@ from .errors import (
     RecipeError,
     ScaleError,
     SourceError,
+    UnknownTensorError,
     VerificationError,
 )
+from .group import Group
 from .limits import Limits
 from .model import ModelSpec
 from .parallel import Parallel
 from .recipe import Recipe
+from .scales import usable
 from .shards import Place
-from .sources.megatron_names import IGNORED
+from .sources.megatron_names import IGNORED, unwrapped
 from .sources.stored_fp8 import is_stored_fp8
 from .targets.parts import TargetTensor
+from .timings import Timings
 
 Class = type[FuseportError]
 
@@ -55,7 +61,7 @@ EXPECTED = {
     "spec": Expected(ModelSpec, "a ModelSpec", ModelError),
     "facts": Expected(Mapping, "a mapping of names to values, such as vars(config)", ModelError),
     "recipe": Expected(Recipe, "a Recipe", RecipeError),
-    "scales": Expected(Mapping, "a mapping of modules to GivenScale", ScaleError),
+    "scales": Expected(Mapping, "a mapping of names to scales", ScaleError),
     "limits": Expected(Limits, "Limits", RecipeError),
     "progress": Expected(Callable, "a function of a number of bytes", RecipeError),  # type: ignore[arg-type]
     "place": Expected(Place, "a Place", RecipeError),
@@ -65,6 +71,14 @@ EXPECTED = {
     "quantisation": Expected(Recipe, "a Recipe", RecipeError),
     "trtllm_conversion_dict": Expected(Mapping, "a mapping of names to TRTLLMLayers", RecipeError),
     "tokenizer_vocab_size": Expected(Integral, "a whole number of rows", RecipeError),
+    **dict.fromkeys(
+        ("overwrite", "resume", "measure", "check_source", "sync", "graph", "consume"),
+        Expected(bool, "True or False", RecipeError),
+    ),
+    "group": Expected(Group, "a Group, as fuseport.converter.group.joined gives one", RecipeError),
+    "timings": Expected(Timings, "Timings", RecipeError),
+    "chunks": Expected(Sequence, "a list of state dicts", RecipeError),
+    "num_layers": Expected(Integral, "a whole number of layers", RecipeError),
     "nbytes": Expected(Integral, "a whole number of bytes", RecipeError),
 }
 
@@ -73,7 +87,10 @@ def check_kinds(**arguments: object) -> None:
     """Raise the error of `EXPECTED` for the first argument that is of another kind."""
     for name, value in arguments.items():
         expected = EXPECTED[name]
-        if not isinstance(value, expected.kind):
+        # True counts as a whole number.
+        if not isinstance(value, expected.kind) or (
+            type(value) is bool and expected.kind is not bool
+        ):
             raise expected.error(f"{name} must be {expected.words}, found {_found(value)}")
 
 
@@ -82,10 +99,10 @@ def check_given(**arguments: object) -> None:
     check_kinds(**{name: value for name, value in arguments.items() if value is not None})
 
 
-def check_run(progress: object, limits: object) -> None:
-    """The options that all runs over files have."""
+def check_run(progress: object, **options: object) -> None:
+    """The options that runs over files have; `options` may be left out."""
     check_kinds(progress=progress)
-    check_given(limits=limits)
+    check_given(**options)
 
 
 def _found(value: object) -> str:
@@ -100,10 +117,10 @@ def path_of(name: str, value: object, error: Class) -> Path:
     Raises:
         FuseportError: of class `error`; it is no path.
     """
-    try:
-        path = Path(value)  # type: ignore[arg-type]
-    except TypeError as cause:
-        raise error(f"{name} must be a path, as a str or Path, found {_found(value)}") from cause
+    # Path("") is the directory that the process is in: hardly what an empty variable means.
+    if not isinstance(value, (str, os.PathLike)) or str(value) == "" or "\0" in str(value):
+        raise error(f"{name} must be a path, as a str or Path, found {_found(value)}")
+    path = Path(value)
     # Of a user who is not known, it is a name like any other.
     with suppress(RuntimeError):
         return path.expanduser()
@@ -130,8 +147,9 @@ def check_state(state_dict: Mapping[str, object]) -> None:
 
     Raises:
         SourceError: it is none, has keys that are no names, or Hugging Face's names.
+        UnknownTensorError: two names differ only in what wrappers put before them.
         MissingTensorError: a tensor has no memory here.
-        ModelError: it is sparse, another package's array, or on another device than the first.
+        ModelError: it is no plain dense tensor, or on another device than the first.
     """
     check_kinds(state_dict=state_dict)
     if HUGGING_FACE in state_dict:
@@ -140,13 +158,19 @@ def check_state(state_dict: Mapping[str, object]) -> None:
             f"the model, and give its directory to convert_checkpoint"
         )
     first: tuple[str, torch.device] | None = None
+    names: dict[str, str] = {}
     for name, value in state_dict.items():
         if not isinstance(name, str):
             raise SourceError(f"state_dict has the key {name!r}, expected names of tensors")
+        if (other := names.setdefault(unwrapped(name), name)) is not name:
+            raise UnknownTensorError(
+                f"state_dict has one tensor twice, as {other} and {name}; keep one of them"
+            )
         if _is_weight(value, name):
-            # Two looks for each of thousands; the rest is for what they find.
+            # A few looks for each of thousands; the rest is for what they find.
             first = first or (name, value.device)
-            if not _address(value) or value.device != first[1]:
+            is_plain = _address(value) and not (value.is_nested or value.is_neg())
+            if not is_plain or value.device != first[1]:
                 _check_readable(name, value, *first)
         elif hasattr(value, "__array__") and not isinstance(value, torch.Tensor):
             raise ModelError(f"{name} is a {type(value).__name__}, expected a torch.Tensor")
@@ -168,17 +192,19 @@ def _check_readable(name: str, tensor: torch.Tensor, first: str, here: torch.dev
     """Raise if this tensor, of a weight, has no values, or is not on the `first` one's device."""
     if is_stored_fp8(tensor) or is_ignored(name):
         return
-    if tensor.layout is not torch.strided:
+    if tensor.layout is not torch.strided or tensor.is_nested:
+        kind = "nested" if tensor.is_nested else f"of layout {tensor.layout}"
         raise ModelError(
-            f"{name} is a {type(tensor).__name__} of layout {tensor.layout}, expected "
-            f"torch.strided; make it dense"
+            f"{name} is a {type(tensor).__name__}, {kind}, expected torch.strided; make it dense"
         )
-    if not _address(tensor) and tensor.numel():
+    if not _address(tensor) and (is_lazy(tensor) or tensor.numel()):
         raise MissingTensorError(
             f"{name}, a {type(tensor).__name__} on {tensor.device}, has no values here; expected "
             f"a whole tensor in memory (of a DTensor its full_tensor(); load a model that was made "
             f"on meta)"
         )
+    if tensor.is_neg():
+        raise ModelError(f"{name} is a negative view of its memory; give its resolve_neg()")
     if tensor.device != here:
         raise ModelError(
             f"{name} is on {tensor.device} and {first} on {here}; expected all tensors on one "
@@ -208,10 +234,8 @@ def check_scales(scales: Mapping[str, GivenScale] | None, state_dict: Mapping[st
                 f"where the weights are, or a float"
             )
         # The value of a tensor is not looked at: it may be on a GPU, which would be waited for.
-        if isinstance(value, Real) and not 0 < float(value) < float("inf"):
-            raise ScaleError(
-                f"scales: {module} has the quant_scale {value}, expected a positive, finite one"
-            )
+        if isinstance(value, Real):
+            usable(float(value), f"scales: {module}: quant_scale")
 
 
 def check_used(scales: Mapping[str, GivenScale] | None, targets: Sequence[TargetTensor]) -> None:

@@ -104,7 +104,9 @@ def _triton(device: torch.device) -> Run:
     except ImportError as error:
         raise RecipeError("backend 'triton' needs the triton package; use 'torch'") from error
     if device.type != "cuda" and not is_interpreted():
-        raise RecipeError("backend 'triton' needs a GPU; use --backend torch, or auto")
+        raise RecipeError(
+            "backend 'triton' needs a GPU; use backend 'torch' (--backend torch), or 'auto'"
+        )
     return fused_copy
 
 
@@ -126,7 +128,8 @@ def default_device(device: str | torch.device) -> torch.device:
     count = torch.cuda.device_count() if kind == "cuda" else 1
     if int(number or 0) >= count:
         raise RecipeError(
-            f"device {device!r}: torch sees {count} GPUs here; use --device cpu, or auto"
+            f"device {device!r}: torch sees {count} GPUs here; use device 'cpu' (--device cpu), or "
+            f"'auto'"
         )
     local = os.environ.get("LOCAL_RANK")
     if device == "cuda" and local is not None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from .errors import ModelError
-from .facts import SIZE, SIZE_OR_NONE, need, one_of
+from .facts import SIZE, SIZE_OR_NONE, make_plain, need, one_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Block:
     linear_rows: int = 0
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("attention", "mlp"):
             one_of(("full", "linear", "none")).check(f"blocks' {name}", getattr(self, name))
         SIZE.check("blocks' num_query_groups", self.num_query_groups)

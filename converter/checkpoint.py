@@ -194,7 +194,9 @@ def copy_assets(source: Path, out: Path, names: Collection[str]) -> None:
     found = [name for name in sorted(names) if os.path.lexists(source / name)]
     if not found:
         known = ", ".join(sorted(names)) or "none for this target"
-        raise OutputError(f"{source} has no file to copy; known names: {known}")
+        raise OutputError(
+            f"assets {source}: no directory with a file to copy; known names: {known}"
+        )
     for name in found:
         if not (source / name).is_file():
             raise OutputError(f"{source / name} is not a regular file; leave it out")

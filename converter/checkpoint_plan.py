@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
+from typing import NoReturn
 
 import torch
 
@@ -42,6 +43,18 @@ class CheckpointPlan:
     images: Mapping[int, FileImage]
     fingerprint: Fingerprint = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def __deepcopy__(self, memo: object = None) -> CheckpointPlan:
+        """Itself: a plan never changes, and its tensors are known by their storages."""
+        return self
+
+    __copy__ = __deepcopy__
+
+    def __reduce__(self) -> NoReturn:
+        raise RecipeError(
+            "a plan cannot be pickled; give the other process what it was made from, and call "
+            "plan_checkpoint there"
+        )
 
     @property
     def nbytes(self) -> int:

@@ -70,7 +70,7 @@ class Claims:
             size = " × ".join("any" if n is None else str(n) for n in shape)
             raise MissingTensorError(
                 f"the source has no tensor {' or '.join(spellings)} [{size}], which the model's "
-                f"facts call for; check the source, or correct the facts with --spec"
+                f"facts call for; check the source, or correct the facts (--fact, --spec)"
             )
         return tensor
 
@@ -88,7 +88,7 @@ class Claims:
             raise UnknownTensorError(
                 f"the source has tensors that the model's facts do not call for: "
                 f"{', '.join(names[:5])}{more}; check the number of layers and experts, biases and "
-                f"norms in the facts (--spec), or remove the tensors"
+                f"norms in the facts (--fact, --spec), or remove the tensors"
             )
 
 
@@ -140,5 +140,5 @@ def _check_shape(name: str, found: tuple[int, ...], expected: tuple[int | None, 
         want = ["any" if size is None else size for size in expected]
         raise ShapeError(
             f"{name} has shape {list(found)}, but the model's facts call for {want}; "
-            f"correct the facts with --spec"
+            f"correct the facts (--fact, --spec)"
         )

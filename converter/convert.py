@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from .arguments import check_run, out_path, path_of
+from .arguments import check_kinds, check_run, out_path, path_of
 from .backend import choose, copier, default_device, on
 from .checkpoint import MANIFEST, copy_assets, write_json
 from .checkpoint_plan import CheckpointPlan, plan_checkpoint
@@ -93,7 +93,8 @@ def convert_checkpoint(
     Raises:
         FuseportError: see `errors`; `out` is as it was.
     """
-    check_run(progress, limits)
+    check_run(progress, limits=limits, timings=timings, group=group)
+    check_kinds(overwrite=overwrite, resume=resume, measure=measure, check_source=check_source)
     out = out_path(out)
     plan = _plan(source, recipe, facts)
     keep_apart(plan.source.origin, out)

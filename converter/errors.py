@@ -21,7 +21,15 @@ Every message names the tensor or the option, what was expected, what was found 
 
 
 class FuseportError(Exception):
-    """Base of every error about a source, a model, a recipe or an output."""
+    """Base of every error about a source, a model, a recipe or an output.
+
+    Its text is one paragraph: names of tensors and files may hold anything, also what moves a
+    terminal's cursor.
+    """
+
+    def __str__(self) -> str:
+        text = super().__str__()
+        return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 class FuseportWarning(UserWarning):

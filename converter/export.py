@@ -9,7 +9,7 @@ import torch
 
 from fuseport.kernels.move import GivenScale
 
-from .arguments import check_conversion, check_run, out_path
+from .arguments import check_conversion, check_kinds, check_run, out_path
 from .checkpoint_plan import CheckpointPlan, lay_out_plan
 from .convert import Job, Progress, carry_out
 from .errors import UnsupportedOptionError
@@ -55,7 +55,8 @@ def export_state_dict(
     Raises:
         FuseportError: see `errors`; `out` is as it was.
     """
-    check_run(progress, limits)
+    check_run(progress, limits=limits, timings=timings)
+    check_kinds(overwrite=overwrite, sync=sync)
     out = out_path(out)
     plan = _plan_memory(state_dict, spec, recipe, scales)
     where = next(iter(plan.source.tensors.values())).device

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import difflib
 import math
 import reprlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from numbers import Integral
+from typing import Any
 
 from .errors import ModelError, UnsupportedOptionError
 from .fact_names import ACTIVATIONS, NOT_FROM_MEGATRON, ONLY, REFUSED
@@ -27,9 +29,21 @@ class Kind:
             raise ModelError(
                 f"the model's {name} must be {self.words}, found "
                 f"{'nothing' if value is None else reprlib.repr(value)}; "
-                f"give it with --fact {name}=VALUE, or as a line '{name}: VALUE' of a file for "
-                f"--spec"
+                f"give it as the fact {name} (--fact {name}=VALUE, or a line '{name}: VALUE' of a "
+                f"--spec file)"
             )
+
+
+def plain(value: object) -> object:
+    """The number, or the list, that numpy or torch hold; any other value as it is."""
+    is_theirs = getattr(value, "ndim", None) in (0, 1) and not getattr(value, "is_meta", False)
+    return value.tolist() if is_theirs else value  # type: ignore[attr-defined]
+
+
+def make_plain(options: Any) -> None:
+    """Set the fields of a frozen dataclass to what `plain` makes of them."""
+    for one in dataclasses.fields(options):
+        object.__setattr__(options, one.name, plain(getattr(options, one.name)))
 
 
 def whole(least: int, most: int = 2**31 - 1) -> Kind:
@@ -138,8 +152,7 @@ def check_names(names: Iterable[str], known: Mapping[str, Iterable[str]]) -> Non
             every = ", ".join(fact for fact in known if fact not in REFUSED)
             hint = f"did you mean {' or '.join(close)}?" if close else f"known: {every}"
             raise ModelError(
-                f"{reprlib.repr(name)} is not the name of a model fact that --fact, --spec and "
-                f"overrides take; {hint}"
+                f"{reprlib.repr(name)} is not the name of a model fact (--fact, --spec); {hint}"
             )
 
 

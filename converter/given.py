@@ -93,7 +93,7 @@ def scale_table(recipe: Recipe, from_source: Callable[[], ScaleTable]) -> ScaleT
     """
     if recipe.scales is None:
         return None
-    return from_source() if recipe.scales == FROM_SOURCE else table_of(recipe.scales, "--scales")
+    return from_source() if recipe.scales == FROM_SOURCE else table_of(recipe.scales, "scales")
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ def _straddling(fused: Iterable[TargetTensor], rows_per_scale: int) -> Iterator[
         yield (
             f"{module} has {rows} rows, which is no multiple of {rows_per_scale}: engines that "
             f"fuse it with others do not load its scales; keep such modules as they are with "
-            f"--exclude, or choose another scheme"
+            f"exclude (--exclude), or choose another scheme"
         )
 
 
@@ -164,14 +164,14 @@ def cache_scales(targets: Iterable[TargetTensor], given: Given) -> dict[str, flo
     known = {key: scale for key, scale in found.items() if scale is not None}
     if not known:
         given.notes.append(
-            "no scales of the KV cache were given (--scales): 1.0 is written, and keys and values "
-            "beyond 448 saturate"
+            "no scales of the KV cache were given as scales (--scales): 1.0 is written, and keys "
+            "and values beyond 448 saturate"
         )
     elif len(known) < len(found):
         module, kind = next(key for key in found if key not in known)
         raise ScaleError(
             f"{len(found) - len(known)} of {len(found)} scales of the KV cache are missing, the "
-            f"first is {kind} of {module}; give it (or kv_cache) with --scales"
+            f"first is {kind} of {module}; give it (or kv_cache) in scales (--scales)"
         )
     return {m: max(known.get((m, kind), 1.0) for kind in wanted[m]) for m in wanted}
 
@@ -200,7 +200,8 @@ def _all_or_none(
     if missing and (needed or len(missing) < len(modules)):
         raise ScaleError(
             f"{len(missing)} of {len(modules)} modules that need one have no {kind} scale, the "
-            f"first is {missing[0]}; give it with --scales, or exclude it with --exclude"
+            f"first is {missing[0]}; give it in scales (--scales), or name it in exclude "
+            f"(--exclude)"
         )
     return {module: scale for module, scale in found.items() if scale is not None}
 

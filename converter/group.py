@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
@@ -34,6 +34,7 @@ _GLANCE = 0.05
 _FAREWELL = 5.0
 
 
+@runtime_checkable
 class Group(Protocol):
     """The processes of a conversion. All call the same methods in the same order."""
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib.resources
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import PurePath
@@ -165,6 +166,8 @@ def make_family(table: Table, where: str) -> Family:
     try:
         if not isinstance(table, Mapping):
             raise TypeError(f"{table!r} is no table")
+        # The manifest holds it.
+        json.dumps(table)
         merged = _inherited(table, where)
         missing = [name for name in NEEDED if not merged.get(name)]
         if missing:
@@ -238,7 +241,8 @@ def family_of(model_type: str, own: Table | None) -> Family:
     if model_type not in packaged_names():
         raise RecipeError(
             f"no table for model_type {model_type!r} in the Hugging Face layout; known: "
-            f"{', '.join(packaged_names())}; give one with --family FILE "
-            f"(docs/adding-an-architecture.md), or another with --fact model_type=NAME"
+            f"{', '.join(packaged_names())}; give one as family (--family FILE, see "
+            f"docs/adding-an-architecture.md), or another as the fact model_type (--fact "
+            f"model_type=NAME)"
         )
     return _packaged_family(model_type)

@@ -48,13 +48,13 @@ class Limits:
         smallest = BASE + SLABS * _SMALLEST
         if self.host_memory < smallest:
             raise RecipeError(
-                f"--host-memory is {self.host_memory / MIB:.0f} MiB; a conversion needs at least "
-                f"{smallest // MIB} MiB"
+                f"host_memory (--host-memory) is {self.host_memory / MIB:.0f} MiB; a conversion "
+                f"needs at least {smallest // MIB} MiB"
             )
         if self.gpu_memory < _GPU_SHARES * _SMALLEST:
             raise RecipeError(
-                f"--gpu-memory is {self.gpu_memory / MIB:.0f} MiB; a conversion needs at least "
-                f"{_GPU_SHARES * _SMALLEST // MIB} MiB"
+                f"gpu_memory (--gpu-memory) is {self.gpu_memory / MIB:.0f} MiB; a conversion "
+                f"needs at least {_GPU_SHARES * _SMALLEST // MIB} MiB"
             )
 
     def window(self, device: torch.device) -> int:

@@ -10,6 +10,8 @@ import torch
 from .errors import MissingTensorError, ShapeError
 
 State = Mapping[str, torch.Tensor]
+# Where no tensor is.
+_NOWHERE = -1
 
 
 class Live:
@@ -48,11 +50,18 @@ class Live:
         """
         self._source = self._source if source is None else source
         for part in self._parts:
-            moved = part.moved(self._source)
+            moved, addresses = part.moved(self._source)
             for name, tensor in moved.items():
                 _check_alike(name, tensor, self.tensors[name])
             self.tensors |= moved
+            # Known only now: what was refused must be refused again.
+            part.addresses = addresses
             yield set(moved)
+
+    def forget(self) -> None:
+        """Take all for moved at the next look, as it is not known who has followed them."""
+        for part in self._parts:
+            part.addresses = [_NOWHERE] * len(part.addresses)
 
 
 class _Part:
@@ -63,15 +72,15 @@ class _Part:
         # Twice the first: of one key an itemgetter makes no tuple.
         keys = list(names.values())
         self._get = itemgetter(keys[0], *keys)
-        self._addresses = self._look(source)[1]
+        self.addresses = self._look(source)[1]
 
     def _look(self, source: State) -> tuple[tuple[torch.Tensor, ...], list[int]]:
         # This is done at every step, with the GPU idle: nothing here but two calls into C.
         found = self._get(source)
         return found, [*map(torch.Tensor.data_ptr, found)]
 
-    def moved(self, source: State) -> dict[str, torch.Tensor]:
-        """Those at another address, which are known there from now on."""
+    def moved(self, source: State) -> tuple[dict[str, torch.Tensor], list[int]]:
+        """Those at another address than the known one, and the addresses of all."""
         try:
             found, addresses = self._look(source)
         except KeyError as error:
@@ -82,11 +91,10 @@ class _Part:
             raise MissingTensorError(
                 f"the state dict holds what is no torch.Tensor where one was planned ({error})"
             ) from error
-        if addresses == self._addresses:
-            return {}
-        triples = zip(self._names, found[1:], addresses[1:], self._addresses[1:], strict=True)
-        self._addresses = addresses
-        return {name: tensor for name, tensor, new, old in triples if new != old}
+        if addresses == self.addresses:
+            return {}, addresses
+        rows = zip(self._names, found[1:], addresses[1:], self.addresses[1:], strict=True)
+        return {name: tensor for name, tensor, new, old in rows if new != old}, addresses
 
 
 def _check_alike(name: str, new: torch.Tensor, old: torch.Tensor) -> None:

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 
 from . import collector
-from .arguments import check_given, check_state
+from .arguments import check_given, check_kinds, check_state
 from .backend import copier
 from .claims import LenientClaims
 from .errors import RecipeError
@@ -96,6 +96,7 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         super().__init__(transformer_config, dtype, multi_query_mode, activation, scales, backend)
         self._quantised = quantised(Recipe() if quantisation is None else quantisation)
         check_given(parallel=parallel)
+        check_kinds(consume=consume)
         if output not in ("host", "cuda"):
             raise RecipeError(f"output {output!r} is neither 'host' nor 'cuda'")
         place = parallel or current_parallel()
@@ -133,10 +134,12 @@ class DistributedTRTLLMModelWeightsConverter(WeightsConverter):
         Raises:
             FuseportError: see `errors`.
         """
-        chunks, one = chunks_of(model_state_dict)
+        chunks, one = chunks_of(model_state_dict, self.consume)
         check_call(trtllm_conversion_dict, tokenizer_vocab_size)
         key = (one, tokenizer_vocab_size, dict(trtllm_conversion_dict), *map(addresses, chunks))
         if self._planned_for != key:
+            # What is begun may not come to its end.
+            self._planned_for = ()
             for chunk in chunks:
                 check_state(chunk)
             named = self._stage(chunks, one, trtllm_conversion_dict)

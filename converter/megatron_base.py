@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from numbers import Real
 from typing import Any
 
@@ -16,10 +15,11 @@ from .arguments import check_given, check_kinds
 from .backend import choose
 from .choices import FROM_SOURCE
 from .claims import PartialClaims
-from .errors import ModelError, RecipeError, ScaleError
+from .errors import FuseportError, ModelError, RecipeError, ScaleError, SourceError
 from .layout import leaves
 from .model import ModelSpec
 from .recipe import DTYPES, Recipe
+from .scales import usable
 from .sources.megatron import read_model
 from .state import zero_row
 from .targets.parts import TargetTensor
@@ -51,21 +51,57 @@ def _checked_scales(scales: Mapping[str, Any] | None) -> dict[str, Any]:
     """The reference's `scales`.
 
     Raises:
-        ScaleError: an entry for a weight has no number to multiply with.
+        ScaleError: an entry for a weight has no number, finite, normal and positive, to multiply
+            with.
     """
     check_given(scales=scales)
     for name, scale in (scales or {}).items():
+        if not isinstance(name, str):
+            raise ScaleError(f"scales has the key {name!r}, expected names such as …{FACTOR}")
         if name.endswith(FACTOR):
             given: object = scale.get(MULTIPLIER) if isinstance(scale, Mapping) else None
-            is_one = isinstance(given, Real) or (
-                isinstance(given, (torch.Tensor, np.ndarray)) and math.prod(given.shape) == 1
-            )
-            if not is_one:
+            if not _is_number(given):
                 raise ScaleError(
                     f"scales: {name} must be a dict with one number as {MULTIPLIER!r}, "
                     f"found {scale!r}"
                 )
+            # One on a GPU would be waited for.
+            if not (isinstance(given, torch.Tensor) and given.device.type != "cpu"):
+                number = given.item() if isinstance(given, (torch.Tensor, np.ndarray)) else given
+                usable(number, f"scales: {MULTIPLIER} of {name}")
     return dict(scales or {})
+
+
+def _is_number(given: object) -> bool:
+    """Whether it is a real number, or a tensor or an array of one."""
+    if isinstance(given, torch.Tensor):
+        return given.numel() == 1 and not given.is_complex() and not given.is_meta
+    if isinstance(given, np.ndarray):
+        return given.size == 1 and given.dtype.kind in "fiu"
+    return isinstance(given, Real)
+
+
+# Megatron's own objects, by the arguments' names → its class, and what is asked of one.
+FIELDS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "transformer_config": ("TransformerConfig", ("num_attention_heads", "__dict__")),
+    "export_config": ("ExportConfig", ("inference_tp_size", "use_parallel_embedding")),
+    "mapping": (
+        "tensorrt_llm.Mapping",
+        ("tp_size", "tp_rank", "pp_layers", "is_first_pp_rank", "is_last_pp_rank"),
+    ),
+}
+
+
+def check_fields(error: type[FuseportError], **objects: object) -> None:
+    """Raise `error` for an object that lacks what `FIELDS` says of an argument of its name."""
+    for name, value in objects.items():
+        kind, fields = FIELDS[name]
+        lacking = [field for field in fields if not hasattr(value, field)]
+        if lacking:
+            raise error(
+                f"{name} must be a {kind}, or an object with its fields, found "
+                f"{type(value).__name__}, which has no {lacking[0]}"
+            )
 
 
 class WeightsConverter:
@@ -80,11 +116,7 @@ class WeightsConverter:
         scales: Mapping[str, Any] | None,
         backend: str,
     ) -> None:
-        if not hasattr(transformer_config, "num_attention_heads"):
-            raise ModelError(
-                f"transformer_config must be a TransformerConfig, or an object with its fields, "
-                f"found {type(transformer_config).__name__}"
-            )
+        check_fields(ModelError, transformer_config=transformer_config)
         self.transformer_config = transformer_config
         self.storage_type = str_dtype_to_torch(dtype)
         self.activation = activation
@@ -179,9 +211,16 @@ def quantised(recipe: Recipe) -> dict[str, Any]:
     """The fields that a shard's recipe takes over from the caller's.
 
     Raises:
-        RecipeError: it wants scales that are not read from shards.
+        RecipeError: it wants scales that are not read from shards, or layers kept by the whole
+            model's numbers, which a shard does not know.
     """
     check_kinds(quantisation=recipe)
+    for name in ("keep_first", "keep_last", "kv_cache"):
+        if getattr(recipe, name) != getattr(Recipe(), name):
+            raise RecipeError(
+                f"quantisation: {name} = {getattr(recipe, name)!r} is not taken over for a shard; "
+                f"name the modules in exclude, and leave it out"
+            )
     if recipe.scales == FROM_SOURCE:
         raise RecipeError(
             "quantisation: scales = 'source' is not read from shards; give a table of scales"
@@ -198,23 +237,28 @@ def addresses(state_dict: Mapping[str, Any]) -> list[tuple[object, ...]]:
     ]
 
 
-def chunks_of(model_state_dict: object) -> tuple[list[dict[str, Any]], bool]:
+def chunks_of(model_state_dict: object, consume: bool) -> tuple[list[dict[str, Any]], bool]:
     """The state dicts, and whether there is just one, not in a list.
 
     Raises:
-        SourceError: it is something else.
+        SourceError: it is something else, or cannot be emptied where it is to be.
     """
     several = isinstance(model_state_dict, (list, tuple))
     chunks: list[Any] = [*model_state_dict] if several else [model_state_dict]  # type: ignore[misc]
     for chunk in chunks:
         check_kinds(state_dict=chunk)
+        if consume and not isinstance(chunk, MutableMapping):
+            raise SourceError(
+                f"consume=True empties the state dict, and a {type(chunk).__name__} cannot be "
+                f"emptied; give a dict, or leave consume out"
+            )
     return chunks, not several
 
 
-def check_call(conversion: object, vocab_size: object) -> None:
+def check_call(conversion: object, vocab_size: Any) -> None:
     """Raise RecipeError unless these can be a conversion's arguments."""
     check_kinds(trtllm_conversion_dict=conversion, tokenizer_vocab_size=vocab_size)
-    if isinstance(vocab_size, int) and vocab_size < 1:
+    if vocab_size < 1:
         raise RecipeError(f"tokenizer_vocab_size must be at least 1, found {vocab_size}")
 
 

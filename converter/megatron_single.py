@@ -10,7 +10,8 @@ import torch
 
 from .arguments import check_kinds, check_state
 from .claims import LenientClaims
-from .megatron_base import WeightsConverter
+from .errors import MissingTensorError, RecipeError
+from .megatron_base import WeightsConverter, check_fields
 from .model import ModelSpec
 from .plan import Planned, build
 from .recipe import Recipe, check
@@ -55,6 +56,7 @@ class SingleDeviceTRTLLMModelWeightsConverter(WeightsConverter):
         backend: str = "auto",
     ) -> None:
         super().__init__(transformer_config, dtype, multi_query_mode, activation, scales, backend)
+        check_fields(RecipeError, export_config=export_config)
         self.export_config = export_config
         self.moe_ep_size = moe_ep_size
 
@@ -122,7 +124,15 @@ class SingleDeviceTRTLLMModelWeightsConverter(WeightsConverter):
         return torch.nn.functional.pad(table, (0, 0, 0, rows - table.shape[0]))
 
     def get_padded_vocab_size(self) -> int:
-        """The vocabulary as TensorRT-LLM counts it: padded if there is an output layer."""
+        """The vocabulary as TensorRT-LLM counts it: padded if there is an output layer.
+
+        Raises:
+            MissingTensorError: nothing was converted yet.
+        """
+        if EMBEDDING not in self.trtllm_model_weights:
+            raise MissingTensorError(
+                f"trtllm_model_weights has no {EMBEDDING}; call convert with the whole model first"
+            )
         rows = self.trtllm_model_weights[EMBEDDING].shape[0]
         if OUTPUT not in self.trtllm_model_weights:
             return int(rows)
@@ -136,7 +146,11 @@ class SingleDeviceTRTLLMModelWeightsConverter(WeightsConverter):
         Args:
             mapping: with `tp_size`, `tp_rank`, `pp_layers`, `is_first_pp_rank`, `is_last_pp_rank`.
             trtllm_model_config: its `new_decoder_architecture` gives Falcon's norm its name.
+
+        Raises:
+            RecipeError: `mapping` lacks one of these.
         """
+        check_fields(RecipeError, mapping=mapping)
         layers = mapping.pp_layers(self.transformer_config.num_layers)
         falcon = bool(getattr(trtllm_model_config, "new_decoder_architecture", False))
         local = dict(self._layers_of(mapping.tp_rank, layers, falcon))

@@ -26,9 +26,11 @@ from .facts import (
     first,
     infer_model_type,
     loose,
+    make_plain,
     need,
     one_of,
     optional,
+    plain,
     refuse,
     tuple_of,
 )
@@ -36,6 +38,9 @@ from .yarn import Yarn
 
 # What is read beside the fields themselves.
 PATTERNS = ("moe_layer_freq", "heterogeneous_layers_config_encoded_json")
+
+# Fields that say something of each layer, or name several things.
+TUPLES = ("moe_layers", "blocks", "special")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,6 +106,10 @@ class ModelSpec:
     special: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        make_plain(self)
+        for name in TUPLES:
+            if isinstance(value := getattr(self, name), list):
+                object.__setattr__(self, name, tuple(value))
         for name, kind in KINDS.items():
             kind.check(name, getattr(self, name))
         heads = self.num_attention_heads
@@ -108,12 +117,12 @@ class ModelSpec:
             if heads % groups:
                 raise ModelError(
                     f"num_query_groups = {groups} does not divide num_attention_heads = {heads}; "
-                    f"correct them with --fact"
+                    f"correct these facts (--fact)"
                 )
         if 0 < self.num_moe_experts < self.moe_router_topk:
             raise ModelError(
                 f"moe_router_topk = {self.moe_router_topk} exceeds num_moe_experts = "
-                f"{self.num_moe_experts}; correct them with --fact"
+                f"{self.num_moe_experts}; correct these facts (--fact)"
             )
         if self.num_moe_experts and self.add_bias_linear:
             raise UnsupportedOptionError(
@@ -187,7 +196,7 @@ class ModelSpec:
             )
         given = {key: value for key, value in overrides.items() if value is not None}
         check_names(given, {name: NAMES.get(name, ()) for name in GIVEN})
-        merged = {**facts, **given}
+        merged = {name: plain(value) for name, value in {**facts, **given}.items()}
         refuse(merged)
         values = {field: first(merged, names) for field, names in NAMES.items()}
         values = {field: value for field, value in values.items() if value is not None}
@@ -196,7 +205,7 @@ class ModelSpec:
         values["special"] = reading.special(merged, values)
         values |= {"num_layers": need(merged, "num_layers", LAYERS), "blocks": read_blocks(merged)}
         # What follows from one of the source's facts gives way to what the user says.
-        values |= {name: given[name] for name in (*NAMES, *LATENT) if name in given}
+        values |= {name: merged[name] for name in (*NAMES, *LATENT) if name in given}
         if "model_type" not in values:
             values["model_type"] = infer_model_type(values)
         typed = {name: loose(KINDS[name], value) for name, value in values.items()}
@@ -210,11 +219,10 @@ class ModelSpec:
             KeyError, TypeError, ValueError, ModelError: it is something else.
         """
         facts = dict(values)
-        for name in ("moe_layers", "special", "blocks"):
+        for name in TUPLES:
             if not isinstance(facts[name], list):
                 raise ValueError(f"{name} makes no sense")
-            facts[name] = tuple(facts[name])  # type: ignore[arg-type]
-        facts["blocks"] = tuple(Block(**block) for block in facts["blocks"])  # type: ignore[attr-defined]
+        facts["blocks"] = [Block(**block) for block in facts["blocks"]]  # type: ignore[attr-defined]
         facts["yarn"] = None if facts["yarn"] is None else Yarn(**facts["yarn"])  # type: ignore[arg-type]
         return cls(**facts)  # type: ignore[arg-type]
 

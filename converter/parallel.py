@@ -10,6 +10,16 @@ from .errors import RecipeError
 from .facts import is_whole
 
 
+def check_groups(**groups: object) -> None:
+    """Raise RecipeError for the first of these that is given and is no process group."""
+    for name, group in groups.items():
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise RecipeError(
+                f"{name} must be a process group that this process is in, as "
+                f"torch.distributed.new_group makes one, found {group!r}"
+            )
+
+
 @dataclass(frozen=True)
 class Parallel:
     """A rank's place: tensor, pipeline and expert parallel sizes and ranks.
@@ -33,8 +43,9 @@ class Parallel:
     def __post_init__(self) -> None:
         for kind in ("tp", "pp"):
             check_rank(kind, getattr(self, f"{kind}_rank"), getattr(self, f"{kind}_size"))
-        if self.ep_size < 1 or self.tp_size % self.ep_size:
-            raise RecipeError(f"ep_size {self.ep_size} does not divide tp_size {self.tp_size}")
+        check_groups(tp_group=self.tp_group, pp_group=self.pp_group)
+        if not is_whole(self.ep_size) or self.ep_size < 1 or self.tp_size % self.ep_size:
+            raise RecipeError(f"ep_size {self.ep_size!r} does not divide tp_size {self.tp_size}")
 
     @classmethod
     def from_groups(
@@ -44,6 +55,12 @@ class Parallel:
         ep_size: int = 1,
     ) -> Parallel:
         """From plain `torch.distributed` groups."""
+        check_groups(tp_group=tp_group, pp_group=pp_group)
+        if not dist.is_initialized():
+            raise RecipeError(
+                "torch.distributed is not initialised; call init_process_group, or say where this "
+                "rank is with Parallel(…)"
+            )
         return cls(
             dist.get_world_size(tp_group),
             dist.get_rank(tp_group),

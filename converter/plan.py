@@ -91,6 +91,13 @@ def extent(view: torch.Tensor) -> tuple[int, int]:
     return first, first + int(span) + 1
 
 
+def span(view: torch.Tensor) -> tuple[int, int]:
+    """[first, last + 1) byte of memory that a non-empty view touches."""
+    base, size = view.untyped_storage().data_ptr(), view.element_size()
+    first, stop = extent(view)
+    return base + first * size, base + stop * size
+
+
 @dataclass(frozen=True)
 class Interval:
     """Elements [start, stop) of one storage."""

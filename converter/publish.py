@@ -89,7 +89,7 @@ def publish(
             shutil.rmtree(partial.path / _NOTES)
             _replace(partial.path, out, overwrite, durable)
     except OSError as error:
-        kept = "what was finished is kept for --resume" if resume else "nothing was kept"
+        kept = "what was finished is kept for resume (--resume)" if resume else "nothing was kept"
         raise OutputError(f"cannot write {out}: {error.strerror or error}; {kept}") from error
 
 
@@ -184,8 +184,8 @@ def _to_resume(left: list[Path], identity: Identity) -> Path | None:
         differing = sorted(n for n in names if found.get(n) != identity.get(n))
     if differing:
         raise OutputError(
-            f"{left[-1]} was begun with another {', '.join(differing)}; leave out --resume to "
-            f"start anew"
+            f"{left[-1]} was begun with another {', '.join(differing)}; leave out "
+            f"resume (--resume) to start anew"
         )
     return None
 
@@ -215,7 +215,7 @@ def _finished(path: Path) -> dict[str, FileResult]:
 
 def keep_apart(source: Path, out: Path) -> None:
     """Raise OutputError if the result would lie within the source, or hold it."""
-    origin, target = source.resolve(), out.resolve()
+    origin, target = Path(os.path.realpath(source)), Path(os.path.realpath(out))
     # A run's directory is looked through for its iterations.
     iteration = target.parent == origin.parent and target.name.startswith("iter_")
     if iteration or target.is_relative_to(origin) or origin.is_relative_to(target):
@@ -239,12 +239,15 @@ def _check_destination(out: Path, overwrite: bool) -> None:
     if out.is_symlink() or not out.is_dir():
         raise OutputError(f"{out} is a file or a link; expected a directory to create")
     if not overwrite:
-        raise OutputError(f"{out} exists; choose another directory, or give --overwrite")
+        raise OutputError(
+            f"{out} exists; choose another directory, or give overwrite (--overwrite)"
+        )
     # Replacing deletes: a source, or a home directory, must survive a slip of the keyboard.
     if not (out / MANIFEST).is_file() or any(entry.is_dir() for entry in out.iterdir()):
         raise OutputError(
             f"{out} is not just a converted checkpoint (it has no {MANIFEST}, or has directories), "
-            f"so --overwrite does not replace it; choose another directory, or remove it yourself"
+            f"so overwrite (--overwrite) does not replace it; choose another directory, or remove "
+            f"it yourself"
         )
 
 

@@ -163,8 +163,8 @@ def _excluded_groups(targets: Sequence[TargetTensor], recipe: Recipe) -> set[str
         if not matches and pattern not in USUAL_EXCLUDES:
             some = ", ".join(list(groups)[:3])
             raise RecipeError(
-                f"--exclude {pattern!r} matches none of the {len(groups)} linears; they are "
-                f"called {some}, …"
+                f"exclude (--exclude): {pattern!r} matches none of the {len(groups)} linears; they "
+                f"are called {some}, …"
             )
         found.update(groups[module] for module in matches)
     return found

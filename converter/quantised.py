@@ -131,7 +131,7 @@ class QuantisedWeights:
         try:
             moves = tuple(move(d, s) for d, s in pairs(matrix, target.layout) if d.numel())
         except ValueError as error:
-            raise RecipeError(f"{target.name}: {error}; exclude it with --exclude") from error
+            raise RecipeError(f"{target.name}: {error}; name it in exclude (--exclude)") from error
         yield Planned(target.rank, target.name, codes, moves, target.group)
         for name, tensor in zip(self.names(target)[1:], scales, strict=True):
             yield Planned(target.rank, name, tensor, (), target.group)

@@ -20,6 +20,7 @@ from .choices import (
     USUAL_EXCLUDES,
 )
 from .errors import RecipeError
+from .facts import make_plain
 from .hf_family import Table, make_family
 from .model import ModelSpec
 from .scales import table_of
@@ -75,6 +76,7 @@ class Recipe:
     kv_cache: str = "none"
 
     def __post_init__(self) -> None:
+        make_plain(self)
         for name in ("tp_size", "pp_size", "moe_ep_size", "gpus_per_node", "shard_size"):
             value = getattr(self, name)
             if type(value) is not int or value < 1:
@@ -97,7 +99,8 @@ class Recipe:
             )
         object.__setattr__(self, "exclude", _patterns(self.exclude))
         if self.scales is not None and self.scales != FROM_SOURCE:
-            table_of(self.scales, "--scales")
+            # A copy, as fp32 and so as JSON has it: the caller's may change.
+            object.__setattr__(self, "scales", table_of(self.scales, "scales").entries)
         if self.family is not None:
             make_family(self.family, "of the recipe")
 
@@ -151,7 +154,8 @@ def check(spec: ModelSpec, recipe: Recipe) -> None:
             _divides("hidden_size", spec.hidden_size, "tp_size", tp)
     if not spec.num_moe_experts and recipe.moe_ep_size > 1:
         raise RecipeError(
-            f"moe_ep_size = {recipe.moe_ep_size}, but the model has no experts; leave out --ep"
+            f"moe_ep_size = {recipe.moe_ep_size}, but the model has no experts; leave out "
+            f"moe_ep_size (--ep)"
         )
     if spec.num_moe_experts:
         _divides("tp_size", tp, "moe_ep_size", recipe.moe_ep_size)

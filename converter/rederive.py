@@ -106,7 +106,7 @@ class Rederive:
         if min(step, rows) * columns > self._most:
             raise RecipeError(
                 f"{planned.name}: {height} rows of {columns} elements are looked at together; give "
-                f"more --host-memory"
+                f"more host_memory (--host-memory)"
             )
         for first in range(0, rows, step):
             stop = min(first + step, rows)

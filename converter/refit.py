@@ -12,7 +12,8 @@ slices that a process lacks travel.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NoReturn
 
 import torch
 import torch.distributed as dist
@@ -27,7 +28,7 @@ from .feeds import Workspace
 from .live import Live
 from .model import ModelSpec
 from .passes import Here, Pass, workspace_bytes
-from .plan import storage_key
+from .plan import span, storage_key
 from .recipe import Recipe
 from .refit_amax import shared_amaxes
 from .refit_plan import plan_refit
@@ -79,6 +80,7 @@ class Refit:
         group: dist.ProcessGroup | None = None,
         wants: Sequence[int] | None = None,
     ) -> None:
+        check_kinds(graph=graph)
         place = Place() if place is None else place
         self._plan = plan_refit(source, spec, recipe, scales, place, group, wants)
         _check_outputs(outputs, self._plan.ranks)
@@ -101,6 +103,12 @@ class Refit:
                 "graph=True needs parameters on a GPU, and slices that other processes hold, or "
                 "scales that are found with them, cannot be part of a graph; leave it out"
             )
+
+    def __reduce__(self) -> NoReturn:
+        raise RecipeError(
+            "a Refit cannot be copied or pickled: it knows where this process's parameters are; "
+            "make another one"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -130,13 +138,13 @@ class Refit:
         check_given(source=source)
         looks = self._live.looks(source)
         if self._everything is None:
-            self._follow(*looks)
+            self._follow(looks)
         filling, result = self._all()
         if self._first:
             # The GPU has something to do while the other parameters are looked at.
-            self._follow(*itertools.islice(looks, 1))
+            self._follow(itertools.islice(looks, 1))
             filling.begin()
-        self._follow(*looks)
+        self._follow(looks)
         if self._replay is not None:
             self._replay()
         else:
@@ -166,18 +174,24 @@ class Refit:
                 f"buckets of the target's ranks {list(self._plan.ranks)} would have the same "
                 f"names; give wants=[RANK]"
             )
-        self._follow(*self._live.looks(source))
+        self._follow(self._live.looks(source))
         if nbytes not in self._buckets:
             self._buckets[nbytes] = list(self._make_buckets(nbytes))
         for filling, bucket in self._buckets[nbytes]:
             filling.run()
             yield bucket
 
-    def _follow(self, *looks: set[str]) -> None:
-        """Plan anew what comes from parameters that have moved."""
-        moved = set[str]().union(*looks)
-        if not moved:
-            return
+    def _follow(self, looks: Iterable[set[str]]) -> None:
+        """Look, and plan anew what comes from parameters that have moved."""
+        try:
+            if moved := set[str]().union(*looks):
+                self._plan_anew(moved)
+        except BaseException:
+            # An error, or Ctrl-C: some may have followed and others not.
+            self._live.forget()
+            raise
+
+    def _plan_anew(self, moved: set[str]) -> None:
         for made in self._buckets.values():
             for filling, _ in made:
                 filling.follow(moved)
@@ -195,6 +209,8 @@ class Refit:
                 given = None if self._outputs is None else self._outputs[place]
                 result[place][one.planned.name] = dst = _output(one, given, self._here.device)
                 memory[storage_key(one.planned.dst)] = dst
+            if self._outputs is not None:
+                _check_apart(result, self._live.tensors)
             space = Workspace(workspace_bytes(tensors, process), self._here.device)
             self._everything = Pass(tensors, memory, space, self._here, self._first), result
         return self._everything
@@ -237,7 +253,29 @@ def _output(
             f"outputs: {planned.name} must be contiguous and {expected}, found {found}; give a "
             f"tensor like that, or leave outputs out"
         )
+    if dst.is_inference() and device.type == "cpu":
+        raise ShapeError(
+            f"outputs: {planned.name} was made in inference mode, and torch lets nobody write into "
+            f"it here; make it outside of torch.inference_mode"
+        )
     return dst
+
+
+def _check_apart(outputs: Sequence[Tensors], parameters: Tensors) -> None:
+    """Raise ShapeError if an output shares memory with another one, or with a parameter."""
+    given = [(name, one, True) for tensors in outputs for name, one in tensors.items()]
+    given += [(name, one, False) for name, one in parameters.items()]
+    spans = sorted((*span(one), name, is_out) for name, one, is_out in given if one.numel())
+    # The farthest end so far, of all and of the outputs alone, and whose it is.
+    everything, written = (0, ""), (0, "")
+    for start, stop, name, is_out in spans:
+        end, other = everything if is_out else written
+        if start < end:
+            raise ShapeError(
+                f"outputs: {name} and {other} share memory; give each tensor memory of its own"
+            )
+        everything = max(everything, (stop, name))
+        written = max(written, (stop, name)) if is_out else written
 
 
 def _captured(filling: Pass) -> Callable[[], None]:

@@ -17,6 +17,7 @@ from .errors import FuseportError, FuseportWarning, RecipeError, SourceError
 from .facts import is_whole
 from .given import Given, scale_table
 from .model import ModelSpec
+from .parallel import check_groups
 from .plan import Planned, on_meta, storage_key
 from .quantise import build
 from .recipe import Recipe
@@ -80,6 +81,7 @@ def plan_refit(
     """
     check_kinds(spec=spec, recipe=recipe, place=place)
     check_given(wants=wants)
+    check_groups(group=group)
     ranks, fault = None if wants is None else tuple(wants), _fault(source, group)
     check_scales(scales, {} if fault else source)
     if recipe.mtp == "drop" and not fault:

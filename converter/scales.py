@@ -27,6 +27,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from .errors import CorruptSourceError, ScaleError, SourceError
+from .facts import plain
 
 MAX_FILE_BYTES = 64 * 2**20
 _TINY = float(np.finfo(np.float32).tiny)
@@ -71,7 +72,7 @@ class ScaleTable:
     def __init__(self, entries: Mapping[str, ModuleScales], origin: str) -> None:
         self.origin = origin
         self._entries = {
-            (name, kind): _usable(value, f"{origin}: {kind} of {name}")
+            (name, kind): usable(value, f"{origin}: {kind} of {name}")
             for name, scales in entries.items()
             for kind, value in asdict(scales).items()
             if value is not None
@@ -134,8 +135,13 @@ def _exactness(pattern: str, name: str) -> tuple[bool, int]:
     return pattern == name, len(_WILDCARD.sub("", pattern))
 
 
-def _usable(value: object, what: str) -> float:
-    """The value as fp32 has it."""
+def usable(value: object, what: str) -> float:
+    """The value as fp32 has it.
+
+    Raises:
+        ScaleError: it is no number, or not finite, normal and positive in fp32.
+    """
+    value = plain(value)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise ScaleError(f"{what} is {type(value).__name__}, expected a number")
     try:
@@ -148,13 +154,14 @@ def _usable(value: object, what: str) -> float:
     return rounded
 
 
-def read_scales(path: Path) -> ScaleTable:
+def read_scales(path: str | Path) -> ScaleTable:
     """Read a user's file of scales, `.json` or `.safetensors`.
 
     Raises:
         SourceError: it is not there, or of another kind. CorruptSourceError: damaged or too big.
         ScaleError: it has unknown keys, or a scale that cannot be used.
     """
+    path = Path(path)
     reader = _READERS.get(path.suffix)
     if reader is None:
         raise SourceError(f"{path}: expected a file named *{' or *'.join(_READERS)}")
@@ -173,6 +180,12 @@ def table_of(entries: object, origin: str) -> ScaleTable:
     Raises:
         ScaleError: as `read_scales`.
     """
+    if not isinstance(entries, Mapping):
+        raise ScaleError(
+            f"{origin} must be a mapping such as {{'*.mlp.down_proj': {{'weight': 0.01}}}}, or "
+            f"'source', found {entries!r:.100}; of a file it is what json.load, or "
+            f"fuseport.converter.scales.read_scales(PATH).entries, makes of it"
+        )
     return ScaleTable(_modules(entries, origin), origin)
 
 
@@ -194,18 +207,20 @@ def _read_json(path: Path) -> dict[str, ModuleScales]:
 
 
 def _modules(entries: object, origin: str) -> dict[str, ModuleScales]:
-    if not isinstance(entries, dict):
+    if not isinstance(entries, Mapping):
         raise ScaleError(f"{origin}: expected an object of modules, found {type(entries).__name__}")
     return {str(name): _module(one, f"{origin}: {name}") for name, one in entries.items()}
 
 
 def _module(scales: object, what: str) -> ModuleScales:
-    if not isinstance(scales, dict) or not scales:
-        raise ScaleError(f'{what} must be an object such as {{"weight": 0.01}}')
-    unknown = sorted(scales.keys() - set(KINDS))
+    if not isinstance(scales, Mapping) or not scales:
+        raise ScaleError(
+            f'{what} must be an object such as {{"weight": 0.01}}, found {scales!r:.100}'
+        )
+    unknown = sorted(scales.keys() - set(KINDS), key=str)
     if unknown:
         raise ScaleError(f"{what} has {unknown[0]}, which is none of {', '.join(KINDS)}")
-    return ModuleScales(**{kind: _usable(v, f"{what}: {kind}") for kind, v in scales.items()})
+    return ModuleScales(**{kind: usable(v, f"{what}: {kind}") for kind, v in scales.items()})
 
 
 def _read_safetensors(path: Path) -> dict[str, ModuleScales]:

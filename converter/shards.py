@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 from .errors import RecipeError, ShapeError
+from .facts import is_whole
 from .layout import Shape
 from .model import ModelSpec
 from .parallel import check_rank
@@ -54,6 +55,10 @@ class Place:
             "expert_tp": self.share(True),
         }.items():
             check_rank(kind, rank, size)
+        if self.first_layer is not None and not (
+            is_whole(self.first_layer) and self.first_layer >= 0
+        ):
+            raise RecipeError(f"first_layer must be a layer's number, found {self.first_layer!r}")
 
     def share(self, expert: bool) -> tuple[int, int]:
         """(rank, size) of those who share an expert's tensor, or any other."""

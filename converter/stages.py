@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from .arguments import check_kinds
 from .errors import MissingTensorError, RecipeError, UnknownTensorError
 from .exchange import operation, run_operations
 from .parallel import Parallel
@@ -92,10 +93,16 @@ def chunks_as_one(
         num_layers: layers of the whole model.
 
     Raises:
-        RecipeError: the model is not cut into equal chunks.
+        RecipeError: the model is not cut into equal chunks, or the rank is outside its size.
+        SourceError: a chunk is no state dict.
         UnknownTensorError: two chunks have one tensor.
     """
-    if num_layers % (pp_size * len(chunks)):
+    check_kinds(chunks=chunks, num_layers=num_layers)
+    for one in chunks:
+        check_kinds(state_dict=one)
+    # It looks at the numbers.
+    Parallel(pp_size=pp_size, pp_rank=pp_rank)
+    if not chunks or num_layers % (pp_size * len(chunks)):
         raise RecipeError(
             f"{num_layers} layers in {len(chunks)} chunks on each of {pp_size} pipeline ranks: "
             f"the number of chunks must divide them"

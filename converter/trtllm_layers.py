@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .errors import RecipeError
+from .errors import RecipeError, UnknownTensorError
 from .sources.megatron_names import unwrapped
 
 # TRTLLMLayers' values → Megatron-Core's names, layers after "decoder.layers.N.".
@@ -53,8 +53,19 @@ def to_megatron(
 ) -> dict[str, torch.Tensor]:
     """Tensors by Megatron-Core's names. A name that the dictionary lacks, with and without what
     wrappers put before it, is taken for Megatron's own: those are understood without one.
+
+    Raises:
+        RecipeError: the dictionary has no value of TRTLLMLayers for a name.
+        UnknownTensorError: two tensors come to one name.
     """
-    return {_one(name, conversion): tensor for name, tensor in tensors.items()}
+    found: dict[str, str] = {}
+    for own in tensors:
+        name = _one(own, conversion)
+        if (other := found.setdefault(name, own)) is not own:
+            raise UnknownTensorError(
+                f"trtllm_conversion_dict: {other} and {own} both become {name}; keep one of them"
+            )
+    return {name: tensors[own] for name, own in found.items()}
 
 
 def _one(name: str, conversion: Mapping[str, Any]) -> str:

@@ -90,7 +90,7 @@ def verify_checkpoint(
         VerificationError: names the first file or tensor that differs.
         FuseportError: the source cannot be read, or does not fit the manifest.
     """
-    check_run(progress, limits)
+    check_run(progress, limits=limits)
     out = result_path(out)
     manifest = read_manifest(out)
     tensors = _check_files(out, manifest, progress)

@@ -194,6 +194,7 @@ def _window(
     if end > limit:
         raise RecipeError(
             f"a piece of {pieces[0].runs[0].planned.name} takes {end} bytes at once, but a window "
-            f"has {limit}; give more --host-memory or --gpu-memory"
+            f"has {limit}; give more "
+            f"host_memory (--host-memory) or gpu_memory (--gpu-memory)"
         )
     return Window(tuple(pieces), loads, places, end, shared, measures)

@@ -49,7 +49,7 @@ def check_crc(record: FileRange) -> None:
         raise CorruptSourceError(
             f"{record.path}: bytes {record.offset} to {end} have CRC-32 {crc:08x}, expected "
             f"{record.crc:08x}: they changed since they were saved. Copy the checkpoint again, or "
-            f"give --no-check-source if it was saved without checksums"
+            f"give check_source False (--no-check-source) if it was saved without checksums"
         )
 
 

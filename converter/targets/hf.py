@@ -92,7 +92,8 @@ class HfRules:
             if own and self._vocabulary(table).shape != table.shape:
                 raise ShapeError(
                     f"vocab_size = {self.spec.vocab_size}, but layer {names.layer} has an {part} "
-                    f"of its own with {table.shape[0]} rows; leave out --vocab-size or --mtp keep"
+                    f"of its own with {table.shape[0]} rows; leave out "
+                    f"vocab_size (--vocab-size) or mtp 'keep' (--mtp keep)"
                 )
             yield Piece(f"further.{part}", self._vocabulary(table))
 
@@ -100,8 +101,8 @@ class HfRules:
         size = self.spec.vocab_size or table.shape[0]
         if size > table.shape[0]:
             raise ShapeError(
-                f"vocab_size = {size}, but the embedding has {table.shape[0]} rows; correct it "
-                f"with --vocab-size"
+                f"vocab_size = {size}, but the embedding has {table.shape[0]} rows; correct "
+                f"the fact vocab_size (--vocab-size)"
             )
         return table[:size]
 
@@ -174,7 +175,8 @@ def moe(names: Names, weights: Moe) -> Iterator[Piece]:
     elif "router_bias" in names.family.tensors:
         raise UnsupportedOptionError(
             f"layer {names.layer}: the router has no expert bias, which every model of the family "
-            f"{names.family.model_type} has; choose another family with --fact model_type=NAME"
+            f"{names.family.model_type} has; choose another family as the fact model_type "
+            f"(--fact model_type=NAME)"
         )
     if names.module("expert.up"):
         for number, expert in enumerate(weights.experts):

@@ -28,7 +28,8 @@ OWN_WAY = (
 # What a quantised source says of itself.
 QUANTISED = ("quantization_config", "compression_config")
 OTHER_FAMILY = (
-    "choose another family with --fact model_type=NAME, or give a table with --family FILE"
+    "choose another family as the fact model_type (--fact model_type=NAME), or give a table as "
+    "family (--family FILE)"
 )
 OWN_CONFIG = "the source's config.json is taken over, so correct it there"
 

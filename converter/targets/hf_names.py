@@ -63,8 +63,8 @@ class Names:
         if not names:
             raise UnsupportedOptionError(
                 f"layer {self.layer} has a part {piece.part!r}, for which the family "
-                f"{self.family.model_type} has no name; choose another with --fact "
-                f"model_type=NAME, or give a table with --family FILE"
+                f"{self.family.model_type} has no name; choose another as the fact model_type "
+                f"(--fact model_type=NAME), or give a table as family (--family FILE)"
             )
         return names[0]
 
@@ -91,8 +91,9 @@ class Names:
         if self.recipe.quant != "none" and not matches(module, self.recipe.exclude):
             raise UnsupportedOptionError(
                 f"{name}: no loader reads experts that lie in one tensor quantised as "
-                f"{self.recipe.quant!r}; keep them as they are with --exclude '*.experts' (the "
-                f"other linears are quantised then), or leave out --quant"
+                f"{self.recipe.quant!r}; keep them as they are with '*.experts' in exclude "
+                f"(--exclude '*.experts'; the other linears are quantised then), or leave out "
+                f"quant (--quant)"
             )
 
     def module(self, part: str) -> bool:

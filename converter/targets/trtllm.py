@@ -114,7 +114,7 @@ class TrtllmRules:
             if model.positions.shape[0] % place.size:
                 raise RecipeError(
                     f"{model.positions.shape[0]} positions cannot be split by tp_size = "
-                    f"{place.size}; leave out --parallel-embedding"
+                    f"{place.size}; leave out use_parallel_embedding (--parallel-embedding)"
                 )
             yield Part("transformer.position_embedding.weight", place.rows(model.positions))
 
@@ -134,7 +134,7 @@ class TrtllmRules:
         if size > table.shape[0]:
             raise ShapeError(
                 f"vocab_size = {size}, but the embedding has {table.shape[0]} rows; "
-                f"correct it with --vocab-size"
+                f"correct the fact vocab_size (--vocab-size)"
             )
         rows = padded_vocab_size(size, shard.size) // shard.size
         start = min(shard.rank * rows, size)
@@ -170,7 +170,7 @@ def refuse_special(spec: ModelSpec) -> None:
         what = ", ".join(options) or "a family that the format does not know"
         raise UnsupportedOptionError(
             f"the model has {what}, which TensorRT-LLM's unified checkpoint is not written with; "
-            f"choose --target hf"
+            f"choose target 'hf' (--target hf)"
         )
 
 
@@ -190,7 +190,7 @@ def refuse_parts(layer: Layer) -> None:
         if there:
             raise UnsupportedOptionError(
                 f"the model has {what}, for which TensorRT-LLM's unified checkpoint has no place "
-                f"here; choose --target hf"
+                f"here; choose target 'hf' (--target hf)"
             )
 
 

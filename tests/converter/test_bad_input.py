@@ -173,7 +173,9 @@ def test_zero_is_not_a_default(name: str) -> None:
 @pytest.mark.parametrize("name", ["num_layers", "num_attention_heads", "hidden_size"])
 def test_facts_that_are_needed(name: str) -> None:
     facts = {key: value for key, value in FACTS.items() if key != name}
-    with pytest.raises(ModelError, match=f"{name} must be .* found nothing; give it with --fact"):
+    with pytest.raises(
+        ModelError, match=f"{name} must be .* found nothing; give it as the fact {name} "
+    ):
         ModelSpec.from_facts(facts)
 
 

@@ -58,7 +58,7 @@ def refused(match: str, source: Path, out: Path, **kwargs: Any) -> None:
 def test_overwrite_replaces_only_a_converted_checkpoint(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     convert_checkpoint(source, out, Recipe())
-    refused("exists; choose another directory, or give --overwrite", source, out)
+    refused(r"exists; choose another directory, or give overwrite \(--overwrite\)", source, out)
     convert_checkpoint(source, out, Recipe(tp_size=2), overwrite=True)
     assert verify_checkpoint(out, source).files == 3
     (out / "engine").mkdir()

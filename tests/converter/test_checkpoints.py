@@ -175,7 +175,7 @@ def test_rows_that_exceed_the_bound_are_refused(
     run, out = megatron_run("llama"), tmp_path / "out"
     source = convert(run, "legacy", out, Recipe(target="hf", quant="fp8-block"))
     monkeypatch.setattr(rederive, "_TAKES", 1 << 20)
-    with pytest.raises(RecipeError, match=r"proj.weight: 128 rows .* give more --host-memory"):
+    with pytest.raises(RecipeError, match=r"proj.weight: 128 rows .* give more host_memory"):
         verify_checkpoint(out, source)
 
 

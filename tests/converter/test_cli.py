@@ -145,7 +145,7 @@ def test_facts_from_a_file_and_from_the_line(run: Run, tmp_path: Path) -> None:
     source, spec = write_tiny(tmp_path / "s", facts=None), tmp_path / "facts.yaml"
     spec.write_text("".join(f"{name}: {value}\n" for name, value in SPEC.items()))
     _, err = run("convert", source, tmp_path / "out", status=1)
-    assert "found nothing; give it with --fact" in err
+    assert "found nothing; give it as the fact num_attention_heads (--fact " in err
     # The line comes after the file.
     facts = ("--fact", "vocab_size=29", "--fact", "layernorm_epsilon=1e-6")
     run("convert", source, tmp_path / "out", "--spec", spec, *facts)

@@ -73,7 +73,7 @@ def test_a_resumed_run_ends_well_once_there_is_space(
     disk: Path, source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unlooked(monkeypatch)
-    with pytest.raises(OutputError, match="kept for --resume"):
+    with pytest.raises(OutputError, match=r"kept for resume \(--resume\)"):
         convert_checkpoint(source, disk / "out", RECIPE, resume=True)
     assert not (disk / "out").exists()
     subprocess.run(["mount", "-o", f"remount,{LARGE}", str(disk)], check=True)

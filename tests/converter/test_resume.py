@@ -142,7 +142,7 @@ def test_resume_refuses_another_run(
     with pytest.raises(OutputError, match=r"was begun with another layout, recipe"):
         convert_checkpoint(source, out, Recipe(tp_size=4, dtype="float16"), resume=True)
     other = write_tiny(tmp_path / "other")
-    with pytest.raises(OutputError, match=r"another source; leave out --resume"):
+    with pytest.raises(OutputError, match=r"another source; leave out resume"):
         convert_checkpoint(other, out, Recipe(tp_size=4), resume=True)
     with monkeypatch.context() as patch:
         patch.setattr("fuseport.converter.manifest.versions", lambda: {"fuseport": "0.0.1"})
@@ -173,7 +173,7 @@ def test_a_failed_run_keeps_its_files_only_for_resume(
     def full(*args: object) -> None:
         raise OSError(28, "No space left on device")
 
-    for resume, kept in ((False, "nothing was kept"), (True, "kept for --resume")):
+    for resume, kept in ((False, "nothing was kept"), (True, r"kept for resume \(--resume\)")):
         with monkeypatch.context() as patch:
             patch.setattr("fuseport.converter.convert.manifest", full)
             with pytest.raises(OutputError, match=kept):

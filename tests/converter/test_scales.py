@@ -50,7 +50,7 @@ def test_both_kinds_of_file_say_the_same(tmp_path: Path) -> None:
     }
     expected = ModuleScales(fp32(0.1), fp32(0.3), 1.5, 2.0, 3.25)
     for path in (json_file(tmp_path, {DOWN: scales}), tensor_file(tmp_path, tensors)):
-        table = read_scales(path)
+        table = read_scales(str(path))
         assert table.module(DOWN) == expected
         assert table.module("model.layers.4.mlp.down_proj") == ModuleScales()
         table.check_used()
