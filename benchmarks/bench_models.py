@@ -17,7 +17,7 @@ from fuseport.converter import ModelSpec
 from .conftest import Bench, Timed, checked
 from .measure import Run
 from .models import LLAMA_8B, LLAMA_70B, QWEN3_235B_EP8, TOY, TOY_MOE, of_rank
-from .work import Case, Work
+from .work import SCHEMES, Case, Work
 
 DENSE, MOE = of_rank(LLAMA_70B, 8), QWEN3_235B_EP8
 # The same number of tensors as all 94 layers have, at a sixteenth of their bytes.
@@ -38,13 +38,13 @@ def of_target(name: str, spec: ModelSpec, tp_size: int, *schemes: str) -> list[t
 
 FULL = [
     *of_target("llama-3-8b to tp 8", LLAMA_8B, 8, "bf16", "given"),
-    *of_target("llama-3-70b rank", DENSE, 1, "bf16", "given", "block"),
-    *of_target("qwen3-235b rank", MOE, 1, "bf16", "given", "block"),
+    *of_target("llama-3-70b rank", DENSE, 1, *SCHEMES),
+    *of_target("qwen3-235b rank", MOE, 1, *SCHEMES),
     *of_target("qwen3-235b rank, narrow", NARROW, 1, "block"),
 ]
 TOYS = [
     *of_target("toy to tp 2", TOY, 2, "bf16", "given"),
-    *of_target("toy moe", TOY_MOE, 1, "given", "block"),
+    *of_target("toy moe", TOY_MOE, 1, *SCHEMES),
 ]
 WORKS = FULL if torch.cuda.is_available() else TOYS
 

@@ -25,7 +25,7 @@ from fuseport.converter.repeats import Work as Patterns
 from fuseport.converter.sources.megatron import read_model
 from fuseport.converter.state import plan_memory, prepare
 from fuseport.kernels.move import Move
-from fuseport.kernels.quant import placed
+from fuseport.kernels.quant import NvScale, TensorScale, placed
 from fuseport.kernels.reference import fused_copy_ref
 
 from .measure import Run, seconds
@@ -40,6 +40,7 @@ SCHEMES: Mapping[str, Mapping[str, object]] = MappingProxyType(
     {
         "bf16": {},
         "given": {"quant": "fp8", "scales": GIVEN},
+        "tensor": {"quant": "fp8"},
         "row": {"quant": "fp8-row"},
         "block": {"quant": "fp8-block"},
         "mx": {"quant": "mxfp8"},
@@ -72,6 +73,11 @@ class Case:
     def shapes(self) -> Shapes:
         """The tensors of the source."""
         return shapes(self.spec)
+
+
+def has_amax(move: Move) -> bool:
+    """True if a weight's amax must be known before its first code."""
+    return isinstance(move.quant, TensorScale | NvScale)
 
 
 class Work:
@@ -121,9 +127,10 @@ class Work:
 
     @cached_property
     def moved_bytes(self) -> int:
-        """Bytes that must be read and written, whatever does it."""
+        """Bytes that must be read and written, whatever does it: for an amax weights come twice."""
         plan = self.planned
-        return sum(m.src.nbytes for m in moves_of(plan)) + sum(one.nbytes for one in plan)
+        read = sum(m.src.nbytes * (1 + has_amax(m)) for m in moves_of(plan))
+        return read + sum(one.nbytes for one in plan)
 
     def outputs(self) -> list[dict[str, torch.Tensor]]:
         """The kept plan's tensors, of each rank by name."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from fuseport_testing.small import FACTS, SHAPES
+from fuseport_testing.smallest import FACTS, SHAPES
 from fuseport_testing.tiny import write_tiny
 
 from fuseport.converter import (
