@@ -340,7 +340,9 @@ def test_wrong_places() -> None:
         Parallel.from_groups(None)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("number", [np.int64, np.uint16, torch.tensor], ids=str)
+@pytest.mark.parametrize(
+    "number", [np.int64, np.uint16, torch.tensor], ids=["int64", "uint16", "tensor"]
+)
 def test_scalars_of_numpy_and_torch_are_numbers(number: Callable[[int], Any]) -> None:
     numbers = {name: number(value) for name, value in FACTS.items()}
     spec, read = ModelSpec(**numbers), ModelSpec.from_facts(numbers, rotary_base=number(5000))
