@@ -9,7 +9,6 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -95,6 +94,9 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Served:
     tokens = tuple(TOKENS[0].tolist())
     expected = {name: write(own, root / name) for name, (write, own) in SOURCES.items()}
     jobs = [Job(name, root / name, "logits", "float32", tokens) for name in expected]
+    rows = Recipe(target="hf", quant="fp8-row")
+    convert_checkpoint(root / "hf-llama-source", root / "fp8-row", rows)
+    jobs.append(Job("fp8-row", root / "fp8-row", "logits", "bfloat16", tokens))
     return Served(ask_vllm(python, jobs, root / "answers"), expected)
 
 
@@ -106,3 +108,9 @@ def error(found: torch.Tensor, reference: torch.Tensor) -> float:
 @pytest.mark.parametrize("name", SOURCES)
 def test_vllm_runs_it(name: str, served: Served) -> None:
     assert error(served.answers[name], served.expected[name]) < BOUND
+
+
+def test_vllm_runs_scales_of_rows(served: Served) -> None:
+    """The one scheme of which a CPU has kernels; activations are quantised too."""
+    found, unquantised = served.answers["fp8-row"], served.expected["hf-llama"]
+    assert BOUND < error(found, unquantised) < ROW_BOUND
