@@ -14,8 +14,9 @@ from ..logical import Norm
 from ..recipe import Recipe, matches
 from .parts import CacheScale, TargetTensor
 
-# Weights of all experts in one tensor: a module that patterns can name, and never quantised.
-EXPERTS_TOGETHER = ("experts.gate_up", "experts.down")
+# Linears that are never quantised: engines take them for quantised where they are not listed.
+# Patterns can name them. `experts.…` are weights of all experts in one tensor.
+NEVER_QUANTISED = ("experts.gate_up", "experts.down", "router", "shared_gate", "further.join")
 
 
 class Piece(NamedTuple):
@@ -51,7 +52,7 @@ class Names:
         group = ""
         if kind == "weight" and part in self.family.modules:
             group = self.family.group(part, module)
-        if not group and part not in EXPERTS_TOGETHER:
+        if not group and (kind != "weight" or part not in NEVER_QUANTISED):
             module = ""
         return TargetTensor(
             0, name, piece.layout, piece.dtype or self.dtype, piece.shift, group=group,
