@@ -9,6 +9,7 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,12 +32,26 @@ WIDER = {
     "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256, "kv_lora_rank": 512,
     "q_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
 }  # fmt: skip
+# What checkpoints of these models say, and vLLM asks for.
+SAID: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
+    "gpt_oss": {
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0,
+            "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 16,
+        }
+    },
+}  # fmt: skip
 MEGATRON_SIZES = {
     "hidden": 256, "kv_channels": 64, "ffn": 384, "moe_ffn": 128, "shared_ffn": 256,
 }  # fmt: skip
-FROM_MEGATRON = ("llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "nemotron", "gemma_plain")
+LATENT = {"kv_lora_rank": 512, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}
+FROM_MEGATRON = (
+    "llama", "qwen2", "qwen3", "mixtral", "qwen2_moe", "nemotron", "gemma_plain", "deepseek",
+)  # fmt: skip
 # Of fp32 sums in other orders; a permuted weight gives more than 0.1.
 BOUND = 1e-4
+ROW_BOUND = 0.2
 # A prompt, int64 [1, 12]; all vocabularies have 61 entries.
 TOKENS = torch.randint(0, 61, (1, 12), generator=torch.Generator().manual_seed(0))
 Make = Callable[[str, Path], torch.Tensor]
@@ -44,7 +59,8 @@ Make = Callable[[str, Path], torch.Tensor]
 
 def wide(case: HfCase) -> HfCase:
     wider = {name: size for name, size in WIDER.items() if case.options.get(name) is not None}
-    return dataclasses.replace(case, options={**case.options, **SIZES, **wider})
+    said = SAID.get(case.model_type, {})
+    return dataclasses.replace(case, options={**case.options, **SIZES, **wider, **said})
 
 
 HUGGING_FACE = {case.name: wide(case) for case in CASES if case.name != "square"}
@@ -66,7 +82,8 @@ def from_hugging_face(name: str, out: Path) -> torch.Tensor:
 def from_megatron(name: str, out: Path) -> torch.Tensor:
     case = MEGATRON[name]
     sizes = {key: size for key, size in MEGATRON_SIZES.items() if getattr(case, key) is not None}
-    case = dataclasses.replace(case, **sizes)
+    latent = tuple((key, LATENT.get(key, value)) for key, value in case.latent)
+    case = dataclasses.replace(case, **sizes, latent=latent)
     run = run_workers(case, 1, 1, out.with_name(f"{out.name}-run"), ("per_layer",), TOKENS)
     recipe = Recipe(target="hf", dtype="float32")
     convert_checkpoint(run.checkpoint("per_layer"), out, recipe)
