@@ -32,17 +32,19 @@ WIDER = {
     "moe_intermediate_size": 128, "shared_expert_intermediate_size": 256, "kv_lora_rank": 512,
     "q_lora_rank": 128, "qk_rope_head_dim": 64, "qk_nope_head_dim": 128, "v_head_dim": 128,
 }  # fmt: skip
-# What checkpoints of these models say, and vLLM asks for.
-SAID: dict[str, dict[str, Any]] = {
-    "deepseek_v3": {"topk_method": "noaux_tc", "scoring_func": "sigmoid"},
-    "gpt_oss": {
-        "rope_parameters": {
-            "rope_type": "yarn", "rope_theta": 150000.0, "factor": 4.0, "beta_fast": 32.0,
-            "beta_slow": 1.0, "truncate": False, "original_max_position_embeddings": 16,
-        }
-    },
+YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "beta_fast": 32.0, "beta_slow": 1.0,
+    "original_max_position_embeddings": 16,
 }  # fmt: skip
-MEGATRON_SIZES = {
+# What checkpoints of these models say, and vLLM counts on.
+SAID: dict[str, dict[str, Any]] = {
+    "deepseek_v3": {
+        "topk_method": "noaux_tc", "scoring_func": "sigmoid",
+        "rope_parameters": {**YARN, "mscale": 1.0, "mscale_all_dim": 0.7},
+    },
+    "gpt_oss": {"rope_parameters": {**YARN, "truncate": False}},
+}  # fmt: skip
+MEGATRON_SIZES: dict[str, Any] = {
     "hidden": 256, "kv_channels": 64, "ffn": 384, "moe_ffn": 128, "shared_ffn": 256,
 }  # fmt: skip
 LATENT = {"kv_lora_rank": 512, "qk_head_dim": 128, "qk_pos_emb_head_dim": 64, "v_head_dim": 128}

@@ -180,7 +180,25 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return Loaded(root, ask_vllm(python, jobs, root / "answers"))
 
 
-every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+# What vLLM does not load yet, and why.
+REFUSED = {
+    "llama-quant=none-kv_cache=fp8-k-v": "vLLM knows no ModelOpt config without a quant_algo",
+    **{
+        f"{source}-quant=fp8-profile=compressed-tensors": "experts with one scale want "
+        "activations with one scale"
+        for source in ("mixtral", "qwen3_moe")
+    },
+}
+every_case = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=pytest.mark.xfail(reason=REFUSED[case.name]))
+        if case.name in REFUSED
+        else case
+        for case in CASES
+    ],
+    ids=lambda case: case.name,
+)
 
 
 @every_case
