@@ -122,6 +122,9 @@ def _hf_settings(
     unquantised: Sequence[str],
 ) -> Settings:
     family = _family(spec, recipe, origin)
+    if spec.share_embeddings_and_output_weights:
+        # Engines have an output of their own, and take it for quantised where it is not listed.
+        unquantised = sorted({*unquantised, *family.module("output")})
     said = hf_quantization(recipe, unquantised, _has_input_scales(tensors))
     files: Settings = {
         CONFIG: hf_config(spec, recipe, vocab_size, family, origin.config, said.pop(CONFIG, None)),

@@ -92,6 +92,13 @@ def test_what_a_family_cannot_say_is_refused(
     assert isinstance(raised.value, (RecipeError, UnsupportedOptionError))
 
 
+def test_engines_are_told_of_deepseeks_router(megatron_run: Runs) -> None:
+    """Without, vLLM and SGLang have no bias of the router, and other scores."""
+    plan = plan_checkpoint(megatron_run("deepseek").checkpoint("legacy"), Recipe(target="hf"))
+    config = plan.settings()["config.json"]
+    assert (config["topk_method"], config["scoring_func"]) == ("noaux_tc", "sigmoid")
+
+
 def test_facts_that_a_family_cannot_say_are_named(megatron_run: Runs) -> None:
     source = megatron_run("llama").checkpoint("stacked")
     with pytest.raises(UnsupportedOptionError, match="rotary_percent"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ pytest.importorskip("transformers")
 
 from fuseport_testing.cases import BY_NAME, megatron_args
 from fuseport_testing.hf_models import BY_NAME as HF_CASES
-from fuseport_testing.hf_models import make
+from fuseport_testing.hf_models import make, wide
 from fuseport_testing.megatron_models import Run
 from safetensors.torch import load_file
 from typer.testing import CliRunner
@@ -23,6 +24,7 @@ from fuseport.converter import (
     Recipe,
     convert_checkpoint,
     convert_state_dict,
+    plan_checkpoint,
     verify_checkpoint,
 )
 from fuseport.converter.cli import app
@@ -71,6 +73,17 @@ def test_first_and_last_layers_stay(
     modules = {one.rpartition(".")[0] for one in quantised}
     assert {one.replace("layers.1.", f"layers.{n}.") for one in modules for n in (0, 2)} < set(kept)
     assert not modules & set(kept)
+
+
+def test_linears_that_are_never_quantised_are_listed(tmp_path: Path) -> None:
+    """Engines take for quantised what is not: a tied output too, of which there is no tensor."""
+    tied = {**HF_CASES["qwen2_moe"].options, "tie_word_embeddings": True}
+    make(wide(replace(HF_CASES["qwen2_moe"], options=tied))).save_pretrained(tmp_path / "in")
+    plan = plan_checkpoint(tmp_path / "in", Recipe(target="hf", quant="mxfp8"))
+    kept = plan.settings()["config.json"]["quantization_config"]["ignore"]  # type: ignore[index]
+    gates = ("gate", "shared_expert_gate")
+    layers = [f"model.layers.{n}.mlp.{gate}" for n in range(3) for gate in gates]
+    assert kept == ["lm_head", *layers]
 
 
 @pytest.mark.parametrize(
