@@ -53,7 +53,8 @@ FROM_MEGATRON = (
 )  # fmt: skip
 # Of fp32 sums in other orders; a permuted weight gives more than 0.1.
 BOUND = 1e-4
-ROW_BOUND = 0.2
+# The fp8-row of activations and weights together: 0.108 was measured.
+ROW_BOUND = 0.15
 # A prompt, int64 [1, 12]; all vocabularies have 61 entries.
 TOKENS = torch.randint(0, 61, (1, 12), generator=torch.Generator().manual_seed(0))
 Make = Callable[[str, Path], torch.Tensor]
