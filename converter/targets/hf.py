@@ -213,6 +213,12 @@ def check_hf(spec: ModelSpec, recipe: Recipe) -> None:
                 f"{option} = {getattr(recipe, option)} has no meaning for target hf, whose tensors "
                 f"are whole: the engine splits them; leave it out"
             )
+    if spec.num_moe_experts and (recipe.profile, recipe.quant) == ("compressed-tensors", "fp8"):
+        raise RecipeError(
+            "the loaders of compressed-tensors take no experts with a scale for a tensor and "
+            "activations that are scaled as they come; choose quant fp8-row (--quant fp8-row), or "
+            "profile vllm (--profile vllm)"
+        )
     if spec.blocks:
         raise UnsupportedOptionError(
             "the model's layers differ from each other (blocks), which target hf does not lay out"

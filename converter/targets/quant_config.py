@@ -81,11 +81,14 @@ _STATIC_FP8 = {
 
 def _fp8(recipe: Recipe, row: Written, unquantised: Sequence[str]) -> dict[str, Any]:
     blocks = {"weight_block_size": [128, 128]} if recipe.quant == "fp8-block" else {}
+    # Beside `kv_cache_scheme`: SGLang 0.5 looks for this word here.
+    cache = {} if recipe.kv_cache == "none" else {"kv_cache_quant_algo": _cache_algorithm(recipe)}
     return {
         "quant_method": "fp8",
         "fmt": "e4m3",
         "activation_scheme": "dynamic",
         **blocks,
+        **cache,
         "modules_to_not_convert": list(unquantised),
     }
 

