@@ -7,6 +7,7 @@ idle device to an idle device.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -120,9 +121,11 @@ def prepare(device: torch.device) -> Bench:
 
 def _dense(hidden: int, heads: int) -> ModelSpec:
     """A rank's share of a dense model: next to no vocabulary, so that layers make its size."""
+    # In whole blocks of 128 × 128, as engines want them.
+    ffn = math.ceil(hidden * 7 / 16 / 128) * 128
     return ModelSpec(
         num_layers=1, hidden_size=hidden, num_attention_heads=heads, num_query_groups=1,
-        kv_channels=128, ffn_hidden_size=hidden // 16 * 7, vocab_size=256, model_type="llama",
+        kv_channels=128, ffn_hidden_size=ffn, vocab_size=256, model_type="llama",
     )  # fmt: skip
 
 

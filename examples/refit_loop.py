@@ -19,24 +19,24 @@ from fuseport.converter.refit import Refit
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SPEC = ModelSpec(
     num_layers=1,
-    hidden_size=64,
+    hidden_size=256,
     num_attention_heads=4,
     num_query_groups=2,
-    kv_channels=16,
-    ffn_hidden_size=160,
+    kv_channels=64,
+    ffn_hidden_size=384,
 )
 SHAPES = {
-    "embedding.word_embeddings.weight": (128, 64),
-    "decoder.layers.0.input_layernorm.weight": (64,),
-    "decoder.layers.0.self_attention.linear_qkv.weight": (128, 64),
-    "decoder.layers.0.self_attention.linear_proj.weight": (64, 64),
-    "decoder.layers.0.pre_mlp_layernorm.weight": (64,),
-    "decoder.layers.0.mlp.linear_fc1.weight": (320, 64),
-    "decoder.layers.0.mlp.linear_fc2.weight": (64, 160),
-    "decoder.final_layernorm.weight": (64,),
-    "output_layer.weight": (128, 64),
+    "embedding.word_embeddings.weight": (128, 256),
+    "decoder.layers.0.input_layernorm.weight": (256,),
+    "decoder.layers.0.self_attention.linear_qkv.weight": (512, 256),
+    "decoder.layers.0.self_attention.linear_proj.weight": (256, 256),
+    "decoder.layers.0.pre_mlp_layernorm.weight": (256,),
+    "decoder.layers.0.mlp.linear_fc1.weight": (768, 256),
+    "decoder.layers.0.mlp.linear_fc2.weight": (256, 384),
+    "decoder.final_layernorm.weight": (256,),
+    "output_layer.weight": (128, 256),
 }
-BUCKET = 32 * 1024
+BUCKET = 256 * 1024
 
 
 class Engine:

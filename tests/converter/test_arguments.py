@@ -222,7 +222,6 @@ def test_home_and_torchs_devices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not Path("~").exists()
 
 
-@pytest.mark.filterwarnings("ignore:.* is no multiple of 128")
 def test_odd_members_are_taken() -> None:
     """Parameters, views, expanded and tied tensors; what Transformer Engine leaves beside them."""
     table = torch.randn(SHAPES["output_layer.weight"])

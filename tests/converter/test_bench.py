@@ -30,11 +30,11 @@ def test_bytes_and_shares_are_right(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench, "REPEATS", 1)
     made = bench.prepare(torch.device("cpu"))
     plain, rows, blocks = made.schemes()
-    # 2 layers: a hidden size of 256, 2 heads and a KV head of 128, an MLP of 112.
-    linears = 2 * (512 * 256 + 256 * 256 + 3 * 112 * 256)
+    # 2 layers: a hidden size of 256, 2 heads and a KV head of 128, an MLP of 128.
+    linears = 2 * (512 * 256 + 256 * 256 + 3 * 128 * 256)
     assert made.nbytes == 2 * (linears + 2 * 256 * 256 + 5 * 256)
     assert plain.nbytes == 2 * made.nbytes
-    scales = 4 * 2 * (256 + 128 + 128 + 256 + 112 + 112 + 256)
+    scales = 4 * 2 * (256 + 128 + 128 + 256 + 128 + 128 + 256)
     assert rows.nbytes == 2 * made.nbytes - linears + scales
     assert blocks.nbytes == 2 * made.nbytes - linears + 4 * 2 * (4 + 2 + 2 + 4 + 2 + 2 + 2)
     for one in (plain, rows, blocks):

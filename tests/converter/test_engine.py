@@ -143,7 +143,7 @@ def test_a_window_that_holds_no_row_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "size"), [("host_memory", 1 << 20), ("gpu_memory", 1 << 20)])
 def test_bounds_that_are_too_small(name: str, size: int) -> None:
-    with pytest.raises(RecipeError, match=f"--{name.replace('_', '-')} is 1 MiB; .* at least"):
+    with pytest.raises(RecipeError, match=rf"^{name} \(--.*\) is 1 MiB; .* at least"):
         Limits(**{name: size})
 
 
