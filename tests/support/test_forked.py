@@ -11,7 +11,9 @@ from fuseport_testing.forked import Process, run, torchrun
 
 SAYS = """
 import os, sys
-print(sys.argv[1:], os.environ.get("SAID"), os.getcwd(), os.environ.get("WORLD_SIZE"))
+# One write, so that the line stays whole beside another rank's, however Python buffers.
+said = (sys.argv[1:], os.environ.get("SAID"), os.getcwd(), os.environ.get("WORLD_SIZE"))
+sys.stdout.write(" ".join(map(str, said)) + "\\n")
 print("and here", file=sys.stderr)
 if os.environ.get("RANK", "1") == "1":
     exec(sys.argv[1])
