@@ -80,8 +80,7 @@ def convert_checkpoint(
         backend: "triton", "torch", or "auto" (Triton on a GPU).
         device: where the moves run: "cpu", "cuda", "cuda:N", or "auto".
         overwrite: replace `out` if it exists.
-        resume: go on with the finished files of a run that was killed, and keep them if this one
-            fails.
+        resume: go on with a killed run's finished files, and keep them if this one fails.
         assets: a directory from which the tokenizer's files are copied, for targets that have them.
         measure: sum the errors of quantised weights up, in the same pass.
         limits: bounds of memory.

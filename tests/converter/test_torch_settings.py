@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fuseport_testing.smallest import shapes_of
 from fuseport_testing.tiny import write_tiny
 from safetensors.torch import load_file
 
@@ -24,25 +25,12 @@ from fuseport.converter import (
 from fuseport.converter.refit import Refit
 from fuseport.kernels import reference
 
-SPEC = ModelSpec(
-    num_layers=1,
-    hidden_size=64,
-    num_attention_heads=4,
-    num_query_groups=2,
-    kv_channels=16,
-    ffn_hidden_size=160,
-)
-SHAPES = {
-    "embedding.word_embeddings.weight": (128, 64),
-    "decoder.layers.0.input_layernorm.weight": (64,),
-    "decoder.layers.0.self_attention.linear_qkv.weight": (128, 64),
-    "decoder.layers.0.self_attention.linear_proj.weight": (64, 64),
-    "decoder.layers.0.pre_mlp_layernorm.weight": (64,),
-    "decoder.layers.0.mlp.linear_fc1.weight": (320, 64),
-    "decoder.layers.0.mlp.linear_fc2.weight": (64, 160),
-    "decoder.final_layernorm.weight": (64,),
-    "output_layer.weight": (128, 64),
-}
+# Whole pieces of 32 for MXFP8.
+FACTS = {
+    "num_layers": 1, "hidden_size": 64, "num_attention_heads": 4, "num_query_groups": 2,
+    "kv_channels": 16, "ffn_hidden_size": 160,
+}  # fmt: skip
+SPEC, SHAPES = ModelSpec.from_facts(FACTS), shapes_of(FACTS, 128)
 FILE = "model-00001-of-00001.safetensors"
 # 0.3 is another number in bf16 than in fp32.
 SCALES = {"*.mlp.*": {"weight": 0.3, "input": 0.3}, "*.attention.*": {"input": 0.3}}
