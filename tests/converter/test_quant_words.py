@@ -70,3 +70,11 @@ def test_rows_that_engines_cannot_fuse_are_said(source: Path) -> None:
     assert note.startswith("model.layers.0.self_attn.q_proj has 16 rows, which is no multiple of")
     without = ("*.k_proj", "*.up_proj")
     assert not tiny_plan(source, quant="fp8-block", exclude=without).notes
+
+
+@pytest.mark.parametrize("quant", ["fp8", "fp8-block"])
+def test_a_cache_beside_transformers_fp8_is_said_twice(quant: str, source: Path) -> None:
+    options = {"quant": quant, "kv_cache": "fp8", "exclude": ("*.k_proj", "*.up_proj")}
+    said: Any = tiny_plan(source, **options).settings()["config.json"]["quantization_config"]
+    assert said["quant_method"] == "fp8"
+    assert (said["kv_cache_scheme"]["type"], said["kv_cache_quant_algo"]) == ("float", "FP8")
