@@ -16,7 +16,7 @@ import torch
 
 from fuseport.kernels.amax_kernel import amax_kernel
 from fuseport.kernels.options import amax_constants, constants, kernel_of, resources
-from fuseport.kernels.tables import Kind
+from fuseport.kernels.tables import Kind, row_tile
 
 from . import aot_amd
 from .aot import Assembly, compile_kernel
@@ -24,6 +24,8 @@ from .aot_amd import AmdAssembly
 
 SOURCES = (torch.bfloat16, torch.float32)
 TARGETS = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn)
+ORDERS = ("straight", "transposed")
+COMPUTED = ("tensor", "row", "block", "mx", "nv")
 TABLES = {"descriptors": "*i64", "tile_table": "*i32"}
 POINTERS = {**TABLES, "counters": "*i64", "power": "*fp64"}
 E4M3 = torch.float8_e4m3fn
@@ -31,14 +33,14 @@ E4M3 = torch.float8_e4m3fn
 
 def combinations() -> Iterator[tuple[Kind, bool]]:
     """(kind, counting): every conversion straight and transposed, and counting where it costs."""
-    for src, scheme in itertools.product(SOURCES, ("tensor", "row", "block", "mx", "nv")):
+    for src, scheme, order in itertools.product(SOURCES, COMPUTED, ORDERS):
         codes = torch.uint8 if scheme == "nv" else E4M3
-        width = 8192 if scheme == "row" else 0
-        kind = Kind(src, codes, "straight", True, scheme=scheme, row_tile=width)
+        width = row_tile(8192, order) if scheme == "row" else 0
+        kind = Kind(src, codes, order, True, scheme=scheme, row_tile=width)
         yield kind, False
         if src is torch.bfloat16:
             yield kind, True
-    for src, dst, order in itertools.product(SOURCES, TARGETS, ("straight", "transposed")):
+    for src, dst, order in itertools.product(SOURCES, TARGETS, ORDERS):
         same, given = src == dst, dst is E4M3
         kind = Kind(src, dst, order, True, same, False, "given" if given else "none")
         yield kind, False
@@ -119,7 +121,7 @@ def main() -> None:
     archs = [int(arch) for arch in chosen if arch.isdigit()]
     for (kind, count), arch in itertools.product(combinations(), archs):
         print(json.dumps(describe(kind, count, arch)), flush=True)
-    for src, order, arch in itertools.product(SOURCES, ("straight", "transposed"), archs):
+    for src, order, arch in itertools.product(SOURCES, ORDERS, archs):
         print(json.dumps(describe_amax(src, order, arch)), flush=True)
     if aot_amd.ARCH in chosen:
         # Half of them, and none that counts: here only the shape of the code is looked at.

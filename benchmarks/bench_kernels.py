@@ -34,8 +34,9 @@ from .kernel_cases import (
 from .measure import median_seconds
 
 ON_GPU = torch.cuda.is_available()
-# The edge of the largest matrix.
-SIZE = 16384 if ON_GPU else 128
+# The edge of the largest matrix, and how often a family is there: of a small batch, what a launch
+# takes would be a large part.
+SIZE, TIMES = (16384, 4) if ON_GPU else (128, 1)
 # Scales belong to matrices; a vector has none.
 QUANTISED_FAMILIES = ("whole", "column slices", "query groups", "transposed", "experts")
 TOY_FAMILIES = ("query groups", "odd")
@@ -50,7 +51,7 @@ def measure(
     timed: Timed, bench: Bench, reads: int = 1,
 ) -> None:  # fmt: skip
     """Check and time one batch."""
-    moves = [make(source) for source in sources(family, dtype, bench.device, SIZE)]
+    moves = [make(source) for source in sources(family, dtype, bench.device, SIZE, TIMES)]
     batch = FusedCopy(moves)
     batch.run()
     if not is_equal(make, moves):

@@ -90,9 +90,15 @@ FAMILIES: Mapping[str, Callable[[Make, int], Iterator[torch.Tensor]]] = MappingP
 )
 
 
-def sources(family: str, dtype: torch.dtype, device: torch.device, size: int) -> list[torch.Tensor]:
-    """A family's views of random memory."""
-    return list(FAMILIES[family](lambda s: torch.randn(s, device=device).to(dtype), size))
+def sources(
+    family: str, dtype: torch.dtype, device: torch.device, size: int, times: int = 1
+) -> list[torch.Tensor]:
+    """A family's views of random memory, several times over."""
+
+    def make(shape: Sequence[int]) -> torch.Tensor:
+        return torch.randn(shape, device=device).to(dtype)
+
+    return [view for _ in range(times) for view in FAMILIES[family](make, size)]
 
 
 def scheme(name: str, rows: int, columns: int, device: torch.device) -> Scheme:

@@ -1,8 +1,8 @@
 """Tiles of pieces of rows: 32 elements that share an E8M0 (MXFP8), 16 that share an e4m3 (NVFP4).
 
-A thread holds whole pieces, so that an amax needs no other thread and a scale is found once. A
-tile is walked in steps of a few rows: the way to it is then short beside the work, and few
-registers are needed.
+A step is [rows, elements of a piece, pieces]. A thread holds whole pieces, so that an amax needs no
+other thread and a scale is found once. A tile is walked in steps of a few rows: the way to it is
+then short beside the work, and few registers are needed.
 """
 
 from __future__ import annotations
@@ -29,7 +29,11 @@ from .numerics import (
 )
 from .tally import add_saturated, count, exceeds, measure_power, slot
 
-STEP = tl.constexpr(8)
+# Rows of a step: where the source is transposed, a warp's.
+STRAIGHT_STEP, TRANSPOSED_STEP = tl.constexpr(8), tl.constexpr(64)
+# What the compiler is told that a transposed source's strides are multiples of: loads of two rows.
+# Wider ones would leave a piece to several warps (measured on an H100: half as fast).
+TWO_ROWS = tl.constexpr(2)
 E4M3_LARGEST = tl.constexpr(0x43E80000)
 E2M1_LARGEST = tl.constexpr(0x40E00000)
 
@@ -48,47 +52,59 @@ def amax_of(peaks, SRC: tl.constexpr, CAREFUL: tl.constexpr):  # type: ignore[no
 
 @triton.jit
 def mx_pieces(  # type: ignore[no-untyped-def]
-    d, local, counters, power, SRC: tl.constexpr, VECTOR: tl.constexpr, COUNT: tl.constexpr,
-    POWER: tl.constexpr, NATIVE: tl.constexpr, CAREFUL: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+    d, local, counters, power, SRC: tl.constexpr, ORDER: tl.constexpr, VECTOR: tl.constexpr,
+    COUNT: tl.constexpr, POWER: tl.constexpr, NATIVE: tl.constexpr, CAREFUL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """Pieces of 32, one below the other; a tile is walked in steps."""
-    ACROSS: tl.constexpr = COLS // 32
+    """Pieces of 32; a tile is walked in steps."""
+    STEP: tl.constexpr = TRANSPOSED_STEP if ORDER == "transposed" else STRAIGHT_STEP
     dst = tl.load(d).to(tl.pointer_type(tl.uint8))
     src = tl.load(d + 1).to(tl.pointer_type(SRC))
     rows, cols = tl.load(d + 2), tl.load(d + 3)
     dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
-    dst_row, src_row, outer_rows = tl.load(d + 6), tl.load(d + 7), tl.load(d + 8)
+    dst_row, outer_rows = tl.load(d + 6), tl.load(d + 8)
+    src_row, src_col = tl.load(d + 7), tl.load(d + 9)
     if VECTOR:
         dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
         dst_outer, src_outer = tl.multiple_of(dst_outer, 16), tl.multiple_of(src_outer, 16)
-        dst_row, src_row = tl.multiple_of(dst_row, 16), tl.multiple_of(src_row, 16)
+        dst_row = tl.multiple_of(dst_row, 16)
+        if ORDER == "transposed":
+            rows, src_col = tl.multiple_of(rows, TWO_ROWS), tl.multiple_of(src_col, TWO_ROWS)
+        else:
+            src_row = tl.multiple_of(src_row, 16)
+    if ORDER == "transposed":
+        src_row = 1
+    else:
+        src_col = 1
     outer, row0, col0 = place(d, local, ROWS, COLS)
-    piece = tl.arange(0, STEP * ACROSS)
-    r, c = piece // ACROSS, piece % ACROSS * 32
-    e = tl.arange(0, 32)[None, :]
-    src_piece = src + outer * src_outer + row0 * src_row + col0 + r.to(tl.int64) * src_row + c
-    dst_piece = dst + outer * dst_outer + row0 * dst_row + col0 + r.to(tl.int64) * dst_row + c
+    row, piece = tl.arange(0, STEP), tl.arange(0, COLS // 32)
+    r = row[:, None, None].to(tl.int64)
+    c = tl.arange(0, 32)[None, :, None] + 32 * piece[None, None, :]
+    src_at = src + outer * src_outer + row0 * src_row + col0 * src_col
+    dst_at = dst + outer * dst_outer + row0 * dst_row + col0
+    src_tile = src_at + r * src_row + c.to(tl.int64) * src_col
+    dst_tile = dst_at + r * dst_row + c
     scale_row = tl.load(d + 17)
-    scale_at = (outer * outer_rows + row0 + r) * scale_row + (col0 + c) // 32
-    saturated = piece * 0
+    first_scale = (outer * outer_rows + row0) * scale_row + col0 // 32
+    scale_at = first_scale + row[:, None].to(tl.int64) * scale_row + piece[None, :]
+    saturated = row[:, None] * piece[None, :] * 0
 
     for step in range(0, ROWS, STEP):
-        present = (r < rows - row0 - step) & (c < cols - col0)
-        mask = present[:, None]
-        value = tl.load((src_piece + step * src_row)[:, None] + e, mask, other=0)
+        present = (row[:, None] < rows - row0 - step) & (32 * piece[None, :] < cols - col0)
+        mask = present[:, None, :]
+        value = tl.load(src_tile + step * src_row, mask, other=0)
         amax = amax_of(tl.max(magnitudes(value, CAREFUL), 1), SRC, CAREFUL)
         e8m0 = e8m0_of(amax)
-        inverse = inverse_of_e8m0(e8m0)[:, None]
+        inverse = inverse_of_e8m0(e8m0)[:, None, :]
         x = upcast(value)
         q = x * inverse
         scales = pointer(d, 14, tl.uint8) + scale_at + step * scale_row
         tl.store(scales, e8m0.to(tl.uint8), present)
-        tl.store((dst_piece + step * dst_row)[:, None] + e, to_e4m3_bits(q, NATIVE), mask)
+        tl.store(dst_tile + step * dst_row, to_e4m3_bits(q, NATIVE), mask)
         if COUNT and CAREFUL:
             count(x, q, mask, slot(counters, tl.load(d + 15)), E4M3_LARGEST)
         if not CAREFUL:
-            tl.store(pointer(d, 19, tl.int32) + piece * 0, 1, amax >= INF_BITS)
+            tl.store(pointer(d, 19, tl.int32) + e8m0 * 0, 1, amax >= INF_BITS)
             if COUNT:
                 saturated += tl.sum(exceeds(q, 464.0), 1)
         if POWER:
@@ -99,67 +115,82 @@ def mx_pieces(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def _pairs(first, mask, SRC: tl.constexpr, VECTOR: tl.constexpr):  # type: ignore[no-untyped-def]
-    """16 elements from each of `first`: the even ones, and the odd ones, [pieces, 8]."""
+def _pairs(  # type: ignore[no-untyped-def]
+    first, src_col, mask, SRC: tl.constexpr, ORDER: tl.constexpr, VECTOR: tl.constexpr
+):
+    """16 elements from each of `first`: the even ones, and the odd ones, [rows, 8, pieces]."""
     WIDTH: tl.constexpr = SRC.primitive_bitwidth
     ELEMENT: tl.constexpr = tl.uint16 if WIDTH == 16 else tl.uint32
     PAIR: tl.constexpr = tl.uint32 if WIDTH == 16 else tl.uint64
-    i = tl.arange(0, 8)[None, :]
-    if VECTOR:
+    i = tl.arange(0, 8)[None, :, None]
+    if VECTOR and ORDER == "straight":
         # One load of both: a thread then has whole pieces.
-        pair = tl.load(first.to(tl.pointer_type(PAIR))[:, None] + i, mask, other=0)
+        pair = tl.load(first.to(tl.pointer_type(PAIR)) + i, mask, other=0)
         low = pair.to(ELEMENT).to(SRC, bitcast=True)
         high = (pair >> WIDTH).to(ELEMENT).to(SRC, bitcast=True)
+    elif ORDER == "transposed":
+        # All in one load: it is under way longer than the work on a half of it takes.
+        both = tl.load(first + tl.arange(0, 16)[None, :, None] * src_col, mask, other=0)
+        pairs = tl.reshape(both, (both.shape[0], 8, 2, both.shape[2]))
+        low, high = tl.split(tl.permute(pairs, (0, 1, 3, 2)))
     else:
-        low = tl.load(first[:, None] + 2 * i, mask, other=0)
-        high = tl.load(first[:, None] + 2 * i + 1, mask, other=0)
+        low = tl.load(first + 2 * i, mask, other=0)
+        high = tl.load(first + 2 * i + 1, mask, other=0)
     return low, high
 
 
 @triton.jit
 def nv_pieces(  # type: ignore[no-untyped-def]
-    d, local, counters, power, SRC: tl.constexpr, VECTOR: tl.constexpr, COUNT: tl.constexpr,
-    POWER: tl.constexpr, CAREFUL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    d, local, counters, power, SRC: tl.constexpr, ORDER: tl.constexpr, VECTOR: tl.constexpr,
+    COUNT: tl.constexpr, POWER: tl.constexpr, CAREFUL: tl.constexpr, ROWS: tl.constexpr,
+    COLS: tl.constexpr,
 ):  # fmt: skip
-    """Pieces of 16, one below the other; the even elements apart from the odd ones.
-
-    A tile is walked in steps.
-    """
-    ACROSS: tl.constexpr = COLS // 16
+    """Pieces of 16, the even elements apart from the odd ones; a tile is walked in steps."""
+    STEP: tl.constexpr = TRANSPOSED_STEP if ORDER == "transposed" else STRAIGHT_STEP
     dst = tl.load(d).to(tl.pointer_type(tl.uint8))
     src = tl.load(d + 1).to(tl.pointer_type(SRC))
     rows, cols = tl.load(d + 2), tl.load(d + 3)
     dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
-    dst_row, src_row, outer_rows = tl.load(d + 6), tl.load(d + 7), tl.load(d + 8)
+    dst_row, outer_rows = tl.load(d + 6), tl.load(d + 8)
+    src_row, src_col = tl.load(d + 7), tl.load(d + 9)
     if VECTOR:
         dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
         dst_outer, src_outer = tl.multiple_of(dst_outer, 16), tl.multiple_of(src_outer, 16)
-        dst_row, src_row = tl.multiple_of(dst_row, 16), tl.multiple_of(src_row, 16)
+        dst_row = tl.multiple_of(dst_row, 16)
+        if ORDER == "transposed":
+            rows, src_col = tl.multiple_of(rows, TWO_ROWS), tl.multiple_of(src_col, TWO_ROWS)
+        else:
+            src_row = tl.multiple_of(src_row, 16)
+    if ORDER == "transposed":
+        src_row = 1
+    else:
+        src_col = 1
     outer, row0, col0 = place(d, local, ROWS, COLS)
     second = _second_scale(d, local)
-    piece = tl.arange(0, STEP * ACROSS)
-    r, c = piece // ACROSS, piece % ACROSS
-    src_piece = src + outer * src_outer + row0 * src_row + col0 + r.to(tl.int64) * src_row + c * 16
-    dst_tile = dst + outer * dst_outer + row0 * dst_row + col0 // 2
-    dst_piece = dst_tile + r.to(tl.int64) * dst_row + c * 8
+    row, piece = tl.arange(0, STEP), tl.arange(0, COLS // 16)
+    r, p = row[:, None, None].to(tl.int64), piece[None, None, :]
+    src_at = src + outer * src_outer + row0 * src_row + col0 * src_col
+    dst_at = dst + outer * dst_outer + row0 * dst_row + col0 // 2
+    src_piece = src_at + r * src_row + 16 * p.to(tl.int64) * src_col
+    dst_tile = dst_at + r * dst_row + tl.arange(0, 8)[None, :, None] + 8 * p
     scale_row = tl.load(d + 17)
-    scale_at = (outer * outer_rows + row0 + r) * scale_row + col0 // 16 + c
-    smallest = piece * 0 + 8
+    first_scale = (outer * outer_rows + row0) * scale_row + col0 // 16
+    scale_at = first_scale + row[:, None].to(tl.int64) * scale_row + piece[None, :]
+    smallest = row[:, None] * piece[None, :] * 0 + 8
 
     for step in range(0, ROWS, STEP):
-        present = (r < rows - row0 - step) & (c * 16 < cols - col0)
-        low, high = _pairs(src_piece + step * src_row, present[:, None], SRC, VECTOR)
+        present = (row[:, None] < rows - row0 - step) & (16 * piece[None, :] < cols - col0)
+        mask = present[:, None, :]
+        low, high = _pairs(src_piece + step * src_row, src_col, mask, SRC, ORDER, VECTOR)
         peaks = tl.maximum(magnitudes(low, CAREFUL), magnitudes(high, CAREFUL))
         scale = _nv_scale(amax_of(tl.max(peaks, 1), SRC, CAREFUL), second)
         scales = pointer(d, 14, tl.uint8) + scale_at + step * scale_row
         tl.store(scales, scale.to(tl.uint8), present)
         smallest = tl.minimum(smallest, tl.where(present, scale, 8))
-        each = (from_e4m3_bits(scale) * second)[:, None]
-        low_code = _nv_codes(low, each, present, d, counters, power, SRC, COUNT, POWER, CAREFUL)
-        high_code = _nv_codes(high, each, present, d, counters, power, SRC, COUNT, POWER, CAREFUL)
-        byte = (low_code | (high_code << 4)).to(tl.uint8)
-        dst_step = (dst_piece + step * dst_row)[:, None] + tl.arange(0, 8)[None, :]
-        tl.store(dst_step, byte, present[:, None])
+        each = (from_e4m3_bits(scale) * second)[:, None, :]
+        low_code = _nv_codes(low, each, mask, d, counters, power, SRC, COUNT, POWER, CAREFUL)
+        high_code = _nv_codes(high, each, mask, d, counters, power, SRC, COUNT, POWER, CAREFUL)
+        tl.store(dst_tile + step * dst_row, (low_code | (high_code << 4)).to(tl.uint8), mask)
     # A scale below 2^-6 is so coarse that it may be too small for its piece: to be counted.
     if COUNT and not CAREFUL:
         tl.store(pointer(d, 19, tl.int32), 1, tl.min(smallest) < 8)
@@ -167,7 +198,7 @@ def nv_pieces(  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _nv_codes(  # type: ignore[no-untyped-def]
-    value, each, present, d, counters, power, SRC: tl.constexpr, COUNT: tl.constexpr,
+    value, each, mask, d, counters, power, SRC: tl.constexpr, COUNT: tl.constexpr,
     POWER: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
     """e2m1 codes of a source's values, which stand for code · each; counts them."""
@@ -175,10 +206,10 @@ def _nv_codes(  # type: ignore[no-untyped-def]
     q = quotient(x, each, SRC == tl.float32, CAREFUL)
     code = to_e2m1_bits(x, q)
     if COUNT and CAREFUL:
-        count(x, q, present[:, None], slot(counters, tl.load(d + 15)), E2M1_LARGEST)
+        count(x, q, mask, slot(counters, tl.load(d + 15)), E2M1_LARGEST)
     if POWER:
         sums = slot(power, tl.load(d + 15))
-        measure_power(x, from_e2m1_bits(code) * each, present[:, None], sums)
+        measure_power(x, from_e2m1_bits(code) * each, mask, sums)
     return code
 
 

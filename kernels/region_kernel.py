@@ -1,6 +1,7 @@
 """One read, one write: moves whose scales are computed region by region, in the tile itself.
 
-A tile holds whole regions: rows, a block of 128 × 128, or pieces of rows (`piece_kernel`). See
+A tile holds whole regions: rows, a block of 128 × 128, or pieces of rows (`piece_kernel`). The
+source is contiguous along its rows, or (ORDER "transposed") along its columns. See
 `regions.whole_rows` for the moves that this serves, and `tables` for the descriptor's fields.
 
 NaN and Inf take no part in an amax, and are so rare that nothing is spent on them at first: a
@@ -19,40 +20,14 @@ from .tally import count, measure_power, slot
 
 
 @triton.jit
-def _block(  # type: ignore[no-untyped-def]
-    d, local, counters, power, SRC: tl.constexpr, VECTOR: tl.constexpr, COUNT: tl.constexpr,
-    POWER: tl.constexpr, NATIVE: tl.constexpr, CAREFUL: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr,
+def _write(  # type: ignore[no-untyped-def]
+    dst_tile, value, dequant, mask, d, counters, power, SRC: tl.constexpr, COUNT: tl.constexpr,
+    POWER: tl.constexpr, NATIVE: tl.constexpr, CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """A block of 128 × 128."""
-    dst = tl.load(d).to(tl.pointer_type(tl.uint8))
-    src = tl.load(d + 1).to(tl.pointer_type(SRC))
-    rows, cols = tl.load(d + 2), tl.load(d + 3)
-    dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
-    dst_row, src_row, outer_rows = tl.load(d + 6), tl.load(d + 7), tl.load(d + 8)
-    if VECTOR:
-        dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
-        cols = tl.multiple_of(cols, 16)
-        dst_outer, src_outer = tl.multiple_of(dst_outer, 16), tl.multiple_of(src_outer, 16)
-        dst_row, src_row = tl.multiple_of(dst_row, 16), tl.multiple_of(src_row, 16)
-    outer, row0, col0 = place(d, local, ROWS, COLS)
-    r = tl.arange(0, ROWS)[:, None]
-    c = tl.arange(0, COLS)[None, :]
-    mask = (r < rows - row0) & (c < cols - col0)
-    src_at = src + outer * src_outer + row0 * src_row + col0
-    dst_at = dst + outer * dst_outer + row0 * dst_row + col0
-
-    value = tl.load(src_at + r.to(tl.int64) * src_row + c, mask, other=0)
-    amax = amax_of(tl.max(magnitudes(value, CAREFUL)), SRC, CAREFUL)
-    if not CAREFUL:
-        tl.store(pointer(d, 19, tl.int32), 1, amax >= INF_BITS)
-    dequant = dequant_of(amax, 448.0)
-    scales = pointer(d, 14, tl.float32) + (outer * outer_rows + row0) // 128 * tl.load(d + 17)
-    tl.store(scales + col0 // 128, dequant)
+    """The codes of a tile whose scales are known."""
     x = upcast(value)
     q = quotient(x, dequant, SRC == tl.float32, CAREFUL)
-    code = to_e4m3_bits(q, NATIVE)
-    tl.store(dst_at + r.to(tl.int64) * dst_row + c, code, mask)
+    tl.store(dst_tile, to_e4m3_bits(q, NATIVE), mask)
     if COUNT and CAREFUL:
         count(x, q, mask, slot(counters, tl.load(d + 15)), E4M3_LARGEST)
     if POWER:
@@ -60,27 +35,81 @@ def _block(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _block(  # type: ignore[no-untyped-def]
+    d, local, counters, power, SRC: tl.constexpr, ORDER: tl.constexpr, VECTOR: tl.constexpr,
+    COUNT: tl.constexpr, POWER: tl.constexpr, NATIVE: tl.constexpr, CAREFUL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr,
+):  # fmt: skip
+    """A block of 128 × 128."""
+    dst = tl.load(d).to(tl.pointer_type(tl.uint8))
+    src = tl.load(d + 1).to(tl.pointer_type(SRC))
+    rows, cols = tl.load(d + 2), tl.load(d + 3)
+    dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
+    dst_row, outer_rows = tl.load(d + 6), tl.load(d + 8)
+    src_row, src_col = tl.load(d + 7), tl.load(d + 9)
+    if VECTOR:
+        dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
+        cols = tl.multiple_of(cols, 16)
+        dst_outer, src_outer = tl.multiple_of(dst_outer, 16), tl.multiple_of(src_outer, 16)
+        dst_row = tl.multiple_of(dst_row, 16)
+        if ORDER == "transposed":
+            rows, src_col = tl.multiple_of(rows, 16), tl.multiple_of(src_col, 16)
+        else:
+            src_row = tl.multiple_of(src_row, 16)
+    if ORDER == "transposed":
+        src_row = 1
+    else:
+        src_col = 1
+    outer, row0, col0 = place(d, local, ROWS, COLS)
+    r = tl.arange(0, ROWS)[:, None]
+    c = tl.arange(0, COLS)[None, :]
+    mask = (r < rows - row0) & (c < cols - col0)
+    src_at = src + outer * src_outer + row0 * src_row + col0 * src_col
+    dst_at = dst + outer * dst_outer + row0 * dst_row + col0
+    src_tile = src_at + r.to(tl.int64) * src_row + c.to(tl.int64) * src_col
+
+    value = tl.load(src_tile, mask, other=0)
+    amax = amax_of(tl.max(magnitudes(value, CAREFUL)), SRC, CAREFUL)
+    if not CAREFUL:
+        tl.store(pointer(d, 19, tl.int32), 1, amax >= INF_BITS)
+    dequant = dequant_of(amax, 448.0)
+    scales = pointer(d, 14, tl.float32) + (outer * outer_rows + row0) // 128 * tl.load(d + 17)
+    tl.store(scales + col0 // 128, dequant)
+    dst_tile = dst_at + r.to(tl.int64) * dst_row + c
+    _write(dst_tile, value, dequant, mask, d, counters, power, SRC, COUNT, POWER, NATIVE, CAREFUL)
+
+
+@triton.jit
 def _rows(  # type: ignore[no-untyped-def]
-    d, local, counters, power, SRC: tl.constexpr, VECTOR: tl.constexpr, COUNT: tl.constexpr,
-    POWER: tl.constexpr, NATIVE: tl.constexpr, CAREFUL: tl.constexpr, ROWS: tl.constexpr,
-    COLS: tl.constexpr, LOOP: tl.constexpr,
+    d, local, counters, power, SRC: tl.constexpr, ORDER: tl.constexpr, VECTOR: tl.constexpr,
+    COUNT: tl.constexpr, POWER: tl.constexpr, NATIVE: tl.constexpr, CAREFUL: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     """Whole rows: in one tile, or (LOOP) in several that are read twice, then out of the cache."""
     dst = tl.load(d).to(tl.pointer_type(tl.uint8))
     src = tl.load(d + 1).to(tl.pointer_type(SRC))
     rows, cols = tl.load(d + 2), tl.load(d + 3)
     dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
-    dst_row, src_row, outer_rows = tl.load(d + 6), tl.load(d + 7), tl.load(d + 8)
+    dst_row, outer_rows = tl.load(d + 6), tl.load(d + 8)
+    src_row, src_col = tl.load(d + 7), tl.load(d + 9)
     if VECTOR:
         dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
         cols = tl.multiple_of(cols, 16)
         dst_outer, src_outer = tl.multiple_of(dst_outer, 16), tl.multiple_of(src_outer, 16)
-        dst_row, src_row = tl.multiple_of(dst_row, 16), tl.multiple_of(src_row, 16)
+        dst_row = tl.multiple_of(dst_row, 16)
+        if ORDER == "transposed":
+            rows, src_col = tl.multiple_of(rows, 16), tl.multiple_of(src_col, 16)
+        else:
+            src_row = tl.multiple_of(src_row, 16)
+    if ORDER == "transposed":
+        src_row = 1
+    else:
+        src_col = 1
     outer, row0, _ = place(d, local, ROWS, COLS)
     row = tl.arange(0, ROWS)
     r = row[:, None].to(tl.int64)
     c = tl.arange(0, COLS)[None, :]
-    src_at = src + outer * src_outer + row0 * src_row + r * src_row + c
+    src_at = src + outer * src_outer + row0 * src_row + r * src_row + c.to(tl.int64) * src_col
     dst_at = dst + outer * dst_outer + row0 * dst_row + r * dst_row + c
     present = r < rows - row0
 
@@ -89,7 +118,7 @@ def _rows(  # type: ignore[no-untyped-def]
     peaks = magnitudes(value, CAREFUL)
     if LOOP:
         for start in range(COLS, cols, COLS):
-            more = tl.load(src_at + start, present & (c < cols - start), other=0)
+            more = tl.load(src_at + start * src_col, present & (c < cols - start), other=0)
             peaks = tl.maximum(peaks, magnitudes(more, CAREFUL))
     amax = amax_of(tl.max(peaks, 1), SRC, CAREFUL)
     if not CAREFUL:
@@ -100,50 +129,46 @@ def _rows(  # type: ignore[no-untyped-def]
     for col0 in range(0, cols if LOOP else 1, COLS):
         if LOOP:
             mask = present & (c < cols - col0)
-            value = tl.load(src_at + col0, mask, other=0)
-        x = upcast(value)
-        q = quotient(x, dequant[:, None], SRC == tl.float32, CAREFUL)
-        code = to_e4m3_bits(q, NATIVE)
-        tl.store(dst_at + col0, code, mask)
-        if COUNT and CAREFUL:
-            count(x, q, mask, slot(counters, tl.load(d + 15)), E4M3_LARGEST)
-        if POWER:
-            back = rounded(q) * dequant[:, None]
-            measure_power(x, back, mask, slot(power, tl.load(d + 15)))
+            value = tl.load(src_at + col0 * src_col, mask, other=0)
+        _write(dst_at + col0, value, dequant[:, None], mask, d, counters, power, SRC, COUNT, POWER,
+               NATIVE, CAREFUL)  # fmt: skip
 
 
 @triton.jit
 def _tile(  # type: ignore[no-untyped-def]
-    d, local, counters, power, SCHEME: tl.constexpr, SRC: tl.constexpr, VECTOR: tl.constexpr,
-    COUNT: tl.constexpr, POWER: tl.constexpr, NATIVE: tl.constexpr, CAREFUL: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr,
+    d, local, counters, power, SCHEME: tl.constexpr, SRC: tl.constexpr, ORDER: tl.constexpr,
+    VECTOR: tl.constexpr, COUNT: tl.constexpr, POWER: tl.constexpr, NATIVE: tl.constexpr,
+    CAREFUL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
     if SCHEME == "row":
-        _rows(d, local, counters, power, SRC, VECTOR, COUNT, POWER, NATIVE, CAREFUL, ROWS, COLS,
-              LOOP)  # fmt: skip
+        _rows(d, local, counters, power, SRC, ORDER, VECTOR, COUNT, POWER, NATIVE, CAREFUL, ROWS,
+              COLS, LOOP)  # fmt: skip
     elif SCHEME == "block":
-        _block(d, local, counters, power, SRC, VECTOR, COUNT, POWER, NATIVE, CAREFUL, ROWS, COLS)
+        _block(d, local, counters, power, SRC, ORDER, VECTOR, COUNT, POWER, NATIVE, CAREFUL, ROWS,
+               COLS)  # fmt: skip
     elif SCHEME == "mx":
-        mx_pieces(d, local, counters, power, SRC, VECTOR, COUNT, POWER, NATIVE, CAREFUL, ROWS,
-                  COLS)  # fmt: skip
+        mx_pieces(d, local, counters, power, SRC, ORDER, VECTOR, COUNT, POWER, NATIVE, CAREFUL,
+                  ROWS, COLS)  # fmt: skip
     else:
-        nv_pieces(d, local, counters, power, SRC, VECTOR, COUNT, POWER, CAREFUL, ROWS, COLS)
+        nv_pieces(d, local, counters, power, SRC, ORDER, VECTOR, COUNT, POWER, CAREFUL, ROWS,
+                  COLS)  # fmt: skip
 
 
 @triton.jit
 def region_kernel(  # type: ignore[no-untyped-def]
     descriptors, tile_table, counters, power, SCHEME: tl.constexpr, SRC: tl.constexpr,
-    VECTOR: tl.constexpr, COUNT: tl.constexpr, POWER: tl.constexpr, NATIVE: tl.constexpr,
-    CAREFUL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr,
+    ORDER: tl.constexpr, VECTOR: tl.constexpr, COUNT: tl.constexpr, POWER: tl.constexpr,
+    NATIVE: tl.constexpr, CAREFUL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    LOOP: tl.constexpr,
 ):  # fmt: skip
     """One tile; or, CAREFUL, all tiles of one descriptor if its flag is set."""
     if CAREFUL:
         d = descriptors + tl.program_id(0).to(tl.int64) * FIELDS
         if tl.load(pointer(d, 19, tl.int32)) != 0:
             for local in range(0, tl.load(d + 20)):
-                _tile(d, local, counters, power, SCHEME, SRC, VECTOR, COUNT, POWER, NATIVE, True,
-                      ROWS, COLS, LOOP)  # fmt: skip
+                _tile(d, local, counters, power, SCHEME, SRC, ORDER, VECTOR, COUNT, POWER, NATIVE,
+                      True, ROWS, COLS, LOOP)  # fmt: skip
     else:
         d, local = find_tile(descriptors, tile_table)
-        _tile(d, local, counters, power, SCHEME, SRC, VECTOR, COUNT, POWER, NATIVE, False,
+        _tile(d, local, counters, power, SCHEME, SRC, ORDER, VECTOR, COUNT, POWER, NATIVE, False,
               ROWS, COLS, LOOP)  # fmt: skip

@@ -1,9 +1,10 @@
 """Which moves with a scale for each region can be quantised in one read of their source.
 
 A region (a row, a block, a piece of a row) must lie within one tile. That holds where a move
-fills whole rows of its matrix from rows that are contiguous in the source, and where blocks of 128
-rows neither straddle two moves nor two runs of source rows. Anything else is first gathered into a
-plain matrix (`stage`), which costs one more write and read of those tensors.
+fills whole rows of its matrix from rows or (a transposed source) columns that are contiguous in the
+source, and where blocks of 128 rows neither straddle two moves nor two runs of source rows.
+Anything else is first gathered into a plain matrix (`stage`), which costs one more write and read
+of those tensors.
 """
 
 from __future__ import annotations
@@ -47,13 +48,16 @@ def _whole_rows(shape: tuple[int, ...], strides: tuple[int, ...], place: Place) 
     if not dims:
         return []
     last, columns = dims[-1], place.columns
-    if last.src != 1 or last.size % columns:
+    if last.src == 1 and last.size % columns == 0:
+        rows = Dim(last.size // columns, columns, columns)
+        split = [*dims[:-1], Dim(columns, 1, 1)]
+        if rows.size > 1 or not dims[:-1]:
+            split.insert(-1, rows)
+        boxes = list(unroll(split, 0, "straight"))
+    elif last.size == columns and dims[:-1] and dims[-2].src == 1:
+        boxes = list(unroll(dims, 0, "transposed"))
+    else:
         return None
-    rows = Dim(last.size // columns, columns, columns)
-    split = [*dims[:-1], Dim(columns, 1, 1)]
-    if rows.size > 1 or not dims[:-1]:
-        split.insert(-1, rows)
-    boxes = list(unroll(split, 0, "straight"))
     return boxes if all(_is_aligned(box, place) for box in boxes) else None
 
 

@@ -41,6 +41,8 @@ SCHEMES = {
 # Schemes whose amax takes a pass of its own.
 TWO_PASSES = ("tensor", "nv")
 BLOCK_TILE, PIECE_TILE = (128, 128), (32, 512)
+# Of a transposed source: many rows, since they are what is contiguous; and four pieces.
+TRANSPOSED_TILES = {"row": (64, 128), "block": BLOCK_TILE, "mx": (256, 128), "nv": (256, 64)}
 # Fields of a descriptor that no pattern knows: dst, src, scale, job, amax, second scale, flag.
 ADDRESSES = [0, 1, 14, 15, 16, 18, 19]
 # Rows up to this many elements are held in one tile; longer ones are walked in tiles of LOOP_TILE.
@@ -66,6 +68,8 @@ class Kind:
     @property
     def tile(self) -> tuple[int, int]:
         """(rows, columns) of a tile."""
+        if self.order == "transposed" and self.scheme in TRANSPOSED_TILES:
+            return TRANSPOSED_TILES[self.scheme]
         if self.scheme == "row":
             return max(1, ROW_TILE // abs(self.row_tile)), abs(self.row_tile)
         if self.scheme == "block":
@@ -87,8 +91,10 @@ class Launch:
         return self.tile_table.numel()
 
 
-def row_tile(columns: int) -> int:
+def row_tile(columns: int, order: str) -> int:
     """Width of the tile for rows of so many elements; negative where rows are walked in several."""
+    if order == "transposed":
+        return -TRANSPOSED_TILES["row"][1]
     if columns > LONGEST_ROW:
         return -LOOP_TILE
     return max(256, 1 << (columns - 1).bit_length())
@@ -250,7 +256,7 @@ def _region(move: Move, box: Box, quant: Regional) -> tuple[Kind, list[int]]:
     row[4], row[6] = row[4] // per_byte, row[6] // per_byte
     row[8], row[17] = box.outer.dst // quant.columns, scale_row
     vector = _is_vector(move, box, dst, src) and row[4] % VECTOR == 0 and row[6] % VECTOR == 0
-    wide = row_tile(quant.columns) if isinstance(quant, RowScale) else 0
+    wide = row_tile(quant.columns, box.order) if isinstance(quant, RowScale) else 0
     return Kind(
         move.src.dtype, move.dst.dtype, box.order, vector, False, False,
         SCHEMES[type(quant)], wide,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
@@ -34,6 +34,11 @@ def check(name: str, sources: Sequence[torch.Tensor], **options: Any) -> Matrix:
     return found
 
 
+def turned(source: torch.Tensor) -> torch.Tensor:
+    """The same matrix, stored by columns."""
+    return source.T.contiguous().T
+
+
 @pytest.mark.parametrize("dtype", FLOATS, ids=str)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", [(1, 32), (7, 96), (128, 128), (130, 544), (35, 1056)])
@@ -41,10 +46,35 @@ def test_odd_sizes(name: str, shape: tuple[int, int], dtype: torch.dtype) -> Non
     check(name, [values(*shape, dtype=dtype)])
 
 
+@pytest.mark.parametrize("dtype", FLOATS, ids=str)
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", [(7, 96), (272, 192), (130, 544)])
+def test_transposed_odd_sizes(name: str, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    check(name, [turned(values(*shape, dtype=dtype))])
+
+
 @pytest.mark.parametrize("name", ["tensor", "row", "block"])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 63), (129, 1), (5, 1129), (2, 4001)])
 def test_columns_that_no_vector_divides(name: str, shape: tuple[int, int]) -> None:
     check(name, [values(*shape)])
+    check(name, [turned(values(*shape))])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_transposed_source_is_read_where_it_is(name: str) -> None:
+    """Experts as one matrix holds them, `[in, experts · out]`: nothing is gathered first."""
+    stored = values(96, 3 * 128)
+    experts = stored.unflatten(1, (3, 128)).permute(1, 2, 0)
+    (launch,) = FusedCopy(Matrix(name, 384, 96).moves([experts])).launches
+    assert (launch.kind.order, launch.kind.vector) == ("transposed", True)
+    check(name, [experts])
+    check(name, [stored[:, 5:133].T])
+
+
+def test_what_is_contiguous_along_neither_is_gathered() -> None:
+    (launch,) = FusedCopy(Matrix("block", 64, 96).moves([values(96, 128)[:, ::2].T])).launches
+    assert launch.kind.order == "straight"
+    check("block", [values(96, 128)[:, ::2].T])
 
 
 @pytest.mark.parametrize("columns", [48, 1040])
@@ -129,7 +159,9 @@ def test_every_code_of_bf16_and_fp16(name: str, native: bool) -> None:
         every = torch.arange(65536, dtype=torch.int32).to(torch.int16).view(dtype)
         shuffled = every[torch.randperm(65536, generator=torch.Generator().manual_seed(1))]
         for order in (every, shuffled):
-            check(name, [order.view(-1, columns).to(DEVICE)], native_e4m3=native)
+            source = order.view(-1, columns).to(DEVICE)
+            check(name, [source], native_e4m3=native)
+            check(name, [turned(source)], native_e4m3=native)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -139,6 +171,7 @@ def test_special_values(name: str, special: float) -> None:
     check(name, [torch.full_like(source, special)])
     source[::3, ::5] = special
     source[:32, :128] = special
+    check(name, [turned(source)])
     found = check(name, [source])
     scales = found.scales.float() if name != "mx" else torch.exp2(found.scales.double() - 127)
     assert bool(torch.isfinite(scales).all())
@@ -174,9 +207,10 @@ def test_power(name: str) -> None:
     """Signal and noise are those of what the codes stand for."""
     source = values(96, 256, dtype=torch.float32, spread=0)
     source[3, 4] = float("nan")
-    for run in (lambda moves, **k: FusedCopy(moves).run(**k), fused_copy_ref):
+    kernel: Callable[..., object] = lambda moves, **k: FusedCopy(moves).run(**k)  # noqa: E731
+    for run, matrix in ((kernel, source), (kernel, turned(source)), (fused_copy_ref, source)):
         power = torch.zeros(1, 2, dtype=torch.float64, device=DEVICE)
-        run(Matrix(name, 96, 256).moves([source]), power=power)
+        run(Matrix(name, 96, 256).moves([matrix]), power=power)
         signal, noise = power[0].tolist()
         assert signal == pytest.approx(float(source.nan_to_num().double().square().sum()), rel=1e-5)
         decibels = 10 * torch.log10(torch.tensor(signal / noise))
