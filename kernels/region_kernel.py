@@ -20,14 +20,11 @@ from .tally import count, measure_power, slot
 
 
 @triton.jit
-def _write(  # type: ignore[no-untyped-def]
-    dst_tile, value, dequant, mask, d, counters, power, SRC: tl.constexpr, COUNT: tl.constexpr,
-    POWER: tl.constexpr, NATIVE: tl.constexpr, CAREFUL: tl.constexpr,
+def _tally(  # type: ignore[no-untyped-def]
+    x, q, dequant, mask, d, counters, power, COUNT: tl.constexpr, POWER: tl.constexpr,
+    CAREFUL: tl.constexpr,
 ):  # fmt: skip
-    """The codes of a tile whose scales are known."""
-    x = upcast(value)
-    q = quotient(x, dequant, SRC == tl.float32, CAREFUL)
-    tl.store(dst_tile, to_e4m3_bits(q, NATIVE), mask)
+    """What is counted and summed of a tile."""
     if COUNT and CAREFUL:
         count(x, q, mask, slot(counters, tl.load(d + 15)), E4M3_LARGEST)
     if POWER:
@@ -45,8 +42,8 @@ def _block(  # type: ignore[no-untyped-def]
     src = tl.load(d + 1).to(tl.pointer_type(SRC))
     rows, cols = tl.load(d + 2), tl.load(d + 3)
     dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
-    dst_row, outer_rows = tl.load(d + 6), tl.load(d + 8)
-    src_row, src_col = tl.load(d + 7), tl.load(d + 9)
+    dst_row, src_row, outer_rows = tl.load(d + 6), tl.load(d + 7), tl.load(d + 8)
+    src_col = tl.load(d + 9)
     if VECTOR:
         dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
         cols = tl.multiple_of(cols, 16)
@@ -75,8 +72,11 @@ def _block(  # type: ignore[no-untyped-def]
     dequant = dequant_of(amax, 448.0)
     scales = pointer(d, 14, tl.float32) + (outer * outer_rows + row0) // 128 * tl.load(d + 17)
     tl.store(scales + col0 // 128, dequant)
-    dst_tile = dst_at + r.to(tl.int64) * dst_row + c
-    _write(dst_tile, value, dequant, mask, d, counters, power, SRC, COUNT, POWER, NATIVE, CAREFUL)
+    x = upcast(value)
+    q = quotient(x, dequant, SRC == tl.float32, CAREFUL)
+    code = to_e4m3_bits(q, NATIVE)
+    tl.store(dst_at + r.to(tl.int64) * dst_row + c, code, mask)
+    _tally(x, q, dequant, mask, d, counters, power, COUNT, POWER, CAREFUL)
 
 
 @triton.jit
@@ -90,8 +90,8 @@ def _rows(  # type: ignore[no-untyped-def]
     src = tl.load(d + 1).to(tl.pointer_type(SRC))
     rows, cols = tl.load(d + 2), tl.load(d + 3)
     dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
-    dst_row, outer_rows = tl.load(d + 6), tl.load(d + 8)
-    src_row, src_col = tl.load(d + 7), tl.load(d + 9)
+    dst_row, src_row, outer_rows = tl.load(d + 6), tl.load(d + 7), tl.load(d + 8)
+    src_col = tl.load(d + 9)
     if VECTOR:
         dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
         cols = tl.multiple_of(cols, 16)
@@ -130,8 +130,11 @@ def _rows(  # type: ignore[no-untyped-def]
         if LOOP:
             mask = present & (c < cols - col0)
             value = tl.load(src_at + col0 * src_col, mask, other=0)
-        _write(dst_at + col0, value, dequant[:, None], mask, d, counters, power, SRC, COUNT, POWER,
-               NATIVE, CAREFUL)  # fmt: skip
+        x = upcast(value)
+        q = quotient(x, dequant[:, None], SRC == tl.float32, CAREFUL)
+        code = to_e4m3_bits(q, NATIVE)
+        tl.store(dst_at + col0, code, mask)
+        _tally(x, q, dequant[:, None], mask, d, counters, power, COUNT, POWER, CAREFUL)
 
 
 @triton.jit
