@@ -109,6 +109,7 @@ def _both(kind: Kind, code: Assembly | AmdAssembly) -> dict[str, object]:
         "order": kind.order,
         # The tables are read by scalars; the data is what is moved 16 bytes at a time.
         "load": max(code.load_widths),
+        "loads": {width: code.load_widths.count(width) for width in sorted(set(code.load_widths))},
         "stores": sorted(set(code.store_widths)),
         "registers": code.registers,
     }

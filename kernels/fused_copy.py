@@ -172,7 +172,7 @@ class FusedCopy:
                 launch.descriptors, launch.tile_table,
                 unused if counters is None else counters[int(careful)],
                 unused if sums is None else sums[int(careful)],
-                **fixed, **resources(kind, count), enable_fp_fusion=False,
+                **fixed, **resources(kind, count or power or careful), enable_fp_fusion=False,
             )  # fmt: skip
 
     def _find_amaxes(self) -> None:

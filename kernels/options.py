@@ -68,21 +68,25 @@ def amax_constants(kind: Kind) -> Mapping[str, object]:
     return MappingProxyType({x: known[x] for x in amax_kernel.arg_names if x in known})
 
 
-def resources(kind: Kind, count: bool) -> dict[str, int]:
+def resources(kind: Kind, more: bool) -> dict[str, int]:
     """Warps of a program, and registers of a thread where ptxas would take too many.
+
+    `more` says that there is more to do than to convert: to count, to sum, or to be careful.
 
     What hides the latency of a tile is other programs on the same multiprocessor. Measured on an
     H100: three programs of 256 threads give blocks 0.97 of the copy, two give 0.88; rows with 64
     elements a thread get 0.98, with 32 they get 0.93. Blocks of a transposed source are turned in
-    shared memory, and get 0.93 with 128 elements a thread, 0.88 with 64.
+    shared memory, and get 0.93 with 128 elements a thread, 0.88 with 64; but so many leave no
+    registers for anything else.
     """
     if kind.order == "transposed" and kind.scheme in TRANSPOSED_TILES:
-        return {"num_warps": 8 if kind.scheme == "row" else 4}
+        many = kind.scheme in ("mx", "nv") or (kind.scheme == "block" and kind.vector and not more)
+        return {"num_warps": 4 if many else 8}
     if kind.scheme == "row":
         return {"num_warps": kind.tile[0] * kind.tile[1] // 2048}
     if kind.scheme == "block":
         return {"num_warps": 8} | ({"maxnreg": 80} if kind.src.itemsize == 2 else {})
-    return {"num_warps": 8 if count and kind.order == "transposed" else 4}
+    return {"num_warps": 8 if more and kind.order == "transposed" else 4}
 
 
 def has_native_e4m3(device: torch.device) -> bool:

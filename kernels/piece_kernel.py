@@ -1,8 +1,8 @@
 """Tiles of pieces of rows: 32 elements that share an E8M0 (MXFP8), 16 that share an e4m3 (NVFP4).
 
 A step is [rows, elements of a piece, pieces]. A thread holds whole pieces, so that an amax needs no
-other thread and a scale is found once. A tile is walked in steps of a few rows: the way to it is
-then short beside the work, and few registers are needed.
+other thread and a scale is found once. A tile is walked in steps of 4096 or 8192 elements: the way
+to it is then short beside the work, and few registers are needed.
 """
 
 from __future__ import annotations

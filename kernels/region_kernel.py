@@ -1,8 +1,9 @@
-"""One read, one write: moves whose scales are computed region by region, in the tile itself.
+"""Moves whose scales are computed region by region, in the program that writes the codes.
 
-A tile holds whole regions: rows, a block of 128 × 128, or pieces of rows (`piece_kernel`). The
-source is contiguous along its rows, or (ORDER "transposed") along its columns. See
-`regions.whole_rows` for the moves that this serves, and `tables` for the descriptor's fields.
+A program's tile holds whole regions: a block of 128 × 128, pieces of rows (`piece_kernel`), or
+rows, of which long or transposed ones are walked. The source is contiguous along its rows, or
+(ORDER "transposed") along its columns. See `regions.whole_rows` for the moves that this serves,
+and `tables` for the descriptor's fields.
 
 NaN and Inf take no part in an amax, and are so rare that nothing is spent on them at first: a
 move that has some sets its flag, and a second launch, CAREFUL, does it again.
@@ -85,7 +86,10 @@ def _rows(  # type: ignore[no-untyped-def]
     COUNT: tl.constexpr, POWER: tl.constexpr, NATIVE: tl.constexpr, CAREFUL: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, LOOP: tl.constexpr,
 ):  # fmt: skip
-    """Whole rows: in one tile, or (LOOP) in several that are read twice, then out of the cache."""
+    """Whole rows: in one tile, or (LOOP) in several that are read twice.
+
+    The second time out of the cache, unless the source is transposed: a program then has 64 rows.
+    """
     dst = tl.load(d).to(tl.pointer_type(tl.uint8))
     src = tl.load(d + 1).to(tl.pointer_type(SRC))
     rows, cols = tl.load(d + 2), tl.load(d + 3)

@@ -1,6 +1,6 @@
-"""Which moves with a scale for each region can be quantised in one read of their source.
+"""Which moves with a scale for each region can be quantised from where their source lies.
 
-A region (a row, a block, a piece of a row) must lie within one tile. That holds where a move
+A region (a row, a block, a piece of a row) must belong to one program. That holds where a move
 fills whole rows of its matrix from rows or (a transposed source) columns that are contiguous in the
 source, and where blocks of 128 rows neither straddle two moves nor two runs of source rows.
 Anything else is first gathered into a plain matrix (`stage`), which costs one more write and read
@@ -67,7 +67,7 @@ def _contiguous(shape: tuple[int, ...]) -> list[int]:
 
 
 def _is_aligned(box: Box, place: Place) -> bool:
-    """True if every region of the box lies within one of its tiles."""
+    """True if every region of the box belongs to one program."""
     height = place.height
     first = place.first_row + box.dst_offset // place.columns
     stop = first + box.rows.size

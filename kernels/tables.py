@@ -41,11 +41,13 @@ SCHEMES = {
 # Schemes whose amax takes a pass of its own.
 TWO_PASSES = ("tensor", "nv")
 BLOCK_TILE, PIECE_TILE = (128, 128), (32, 512)
-# Of a transposed source: many rows, since they are what is contiguous; and four pieces.
+# Of a transposed source: many rows, since they are what is contiguous; of MXFP8 and NVFP4 with four
+# pieces each.
 TRANSPOSED_TILES = {"row": (64, 128), "block": BLOCK_TILE, "mx": (256, 128), "nv": (256, 64)}
 # Fields of a descriptor that no pattern knows: dst, src, scale, job, amax, second scale, flag.
 ADDRESSES = [0, 1, 14, 15, 16, 18, 19]
-# Rows up to this many elements are held in one tile; longer ones are walked in tiles of LOOP_TILE.
+# Rows up to this many elements are held in one tile; longer ones are walked in tiles of LOOP_TILE,
+# and those of a transposed source always, in its tiles.
 LONGEST_ROW, ROW_TILE, LOOP_TILE = 16384, 4096, 8192
 
 
@@ -53,7 +55,7 @@ LONGEST_ROW, ROW_TILE, LOOP_TILE = 16384, 4096, 8192
 class Kind:
     """What the compiled code depends on; moves of one kind share a launch.
 
-    `row_tile` is the width of a tile that holds whole rows, 0 for every other scheme.
+    `row_tile` is the width of a tile of rows, negative where they are walked; 0 for other schemes.
     """
 
     src: torch.dtype
