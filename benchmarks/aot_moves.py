@@ -95,6 +95,7 @@ def _facts(kind: Kind, code: Assembly) -> dict[str, object]:
         "arch": code.arch,
         **_both(kind, code),
         "local": code.uses_local_memory,
+        "stack": code.stack_bytes,
         "double_rounding": code.fp8_through_fp16,
         # The kernels leave it to the conversion to saturate.
         "wraps": "cvt.rn.e4m3x2" in code.ptx,

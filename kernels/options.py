@@ -76,11 +76,12 @@ def resources(kind: Kind, more: bool) -> dict[str, int]:
     What hides the latency of a tile is other programs on the same multiprocessor. Measured on an
     H100: three programs of 256 threads give blocks 0.97 of the copy, two give 0.88; rows with 64
     elements a thread get 0.98, with 32 they get 0.93. Blocks of a transposed source are turned in
-    shared memory, and get 0.93 with 128 elements a thread, 0.88 with 64; but so many leave no
-    registers for anything else.
+    shared memory: from bf16 they get 0.93 with 128 elements a thread, 0.88 with 64, from fp32 0.96
+    and 0.94; but so many leave no registers for anything else, and fp32's leave none on sm_80.
     """
     if kind.order == "transposed" and kind.scheme in TRANSPOSED_TILES:
-        many = kind.scheme in ("mx", "nv") or (kind.scheme == "block" and kind.vector and not more)
+        small = kind.vector and kind.src.itemsize == 2 and not more
+        many = kind.scheme in ("mx", "nv") or (kind.scheme == "block" and small)
         return {"num_warps": 4 if many else 8}
     if kind.scheme == "row":
         return {"num_warps": kind.tile[0] * kind.tile[1] // 2048}

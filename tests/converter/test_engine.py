@@ -254,9 +254,13 @@ from fuseport.converter.limits import Limits
 source, out, target, quant, bound = sys.argv[1:]
 recipe = Recipe(target=target, quant=quant, tp_size=2 if target == "trtllm" else 1)
 limits = Limits(host_memory=int(bound))
-def peak():
+def status(field):
     text = Path("/proc/self/status").read_text()
-    return next(line.split()[1] for line in text.splitlines() if line.startswith("VmHWM"))
+    return int(next(line.split()[1] for line in text.splitlines() if line.startswith(field)))
+# Pages of libraries belong to all processes; a CUDA build of torch has three times as many.
+libraries = status("RssFile")
+def peak():
+    return status("VmHWM") - libraries
 convert_checkpoint(Path(source), Path(out), recipe, limits=limits, device="cpu")
 print("convert", peak())
 verify_checkpoint(Path(out), Path(source), limits=limits)
