@@ -15,8 +15,8 @@ from collections.abc import Iterator
 import torch
 
 from fuseport.kernels.amax_kernel import amax_kernel
+from fuseport.kernels.kinds import Kind, row_tile
 from fuseport.kernels.options import amax_constants, constants, kernel_of, resources
-from fuseport.kernels.tables import Kind, row_tile
 
 from . import aot_amd
 from .aot import Assembly, compile_kernel

@@ -21,13 +21,14 @@ import torch
 import triton
 
 from .amax_kernel import CLEARED, amax_kernel, clear_kernel
+from .kinds import TWO_PASSES
 from .move import ALIGNED, Move, distinct_amaxes
 from .move_kernel import move_kernel
 from .options import amax_constants, constants, has_native_e4m3, kernel_of, resources
 from .quant import GivenScale
 from .regions import Job, stage
 from .repeats import Repeat
-from .tables import TWO_PASSES, Ints, Launch, build
+from .tables import Ints, Launch, build
 from .tally import SLOTS
 
 

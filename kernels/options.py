@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 
 from .amax_kernel import amax_kernel
+from .kinds import TRANSPOSED_TILES, Kind
 from .move_kernel import move_kernel
 from .numerics import LARGEST_SOURCE
 from .region_kernel import region_kernel
-from .tables import TRANSPOSED_TILES, Kind
 
 _TRITON = {
     torch.float32: tl.float32,

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from fuseport_testing.matrices import DEVICE, E4M3, NAMES, Matrix, poisoned, values
 
-from fuseport.kernels.fused_copy import FusedCopy
+from fuseport.kernels.fused_copy import FusedCopy, fused_copy
 from fuseport.kernels.move import Move
 from fuseport.kernels.quant import MxScale, RowScale
 from fuseport.kernels.reference import fused_copy_ref
@@ -207,8 +207,8 @@ def test_power(name: str) -> None:
     """Signal and noise are those of what the codes stand for."""
     source = values(96, 256, dtype=torch.float32, spread=0)
     source[3, 4] = float("nan")
-    kernel: Callable[..., object] = lambda moves, **k: FusedCopy(moves).run(**k)  # noqa: E731
-    for run, matrix in ((kernel, source), (kernel, turned(source)), (fused_copy_ref, source)):
+    runs = ((fused_copy, source), (fused_copy, turned(source)), (fused_copy_ref, source))
+    for run, matrix in runs:
         power = torch.zeros(1, 2, dtype=torch.float64, device=DEVICE)
         run(Matrix(name, 96, 256).moves([matrix]), power=power)
         signal, noise = power[0].tolist()
