@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .descriptor import FIELDS, find_tile, place, pointer
+from .descriptor import FIELDS, box, find_tile, place, pointer
 from .numerics import (
     finite_magnitude,
     magnitude_bits,
@@ -37,22 +37,8 @@ def amax_kernel(  # type: ignore[no-untyped-def]
     It goes to field 16; that there is a NaN or Inf goes to field 19.
     """
     d, local = find_tile(descriptors, tile_table)
-    src = tl.load(d + 1).to(tl.pointer_type(SRC))
-    rows, cols = tl.load(d + 2), tl.load(d + 3)
-    src_outer, src_row, src_col = tl.load(d + 5), tl.load(d + 7), tl.load(d + 9)
+    _, src, rows, cols, _, src_outer, _, src_row, src_col = box(d, tl.uint8, SRC, ORDER, VECTOR, 16)
     amax = pointer(d, 16, tl.int32)
-    if VECTOR:
-        src, src_outer = tl.multiple_of(src, 16), tl.multiple_of(src_outer, 16)
-        cols = tl.multiple_of(cols, 16)
-        if ORDER == "transposed":
-            rows, src_col = tl.multiple_of(rows, 16), tl.multiple_of(src_col, 16)
-        else:
-            src_row = tl.multiple_of(src_row, 16)
-    if ORDER == "straight":
-        src_col = 1
-    if ORDER == "transposed":
-        src_row = 1
-
     outer, row0, col0 = place(d, local, ROWS, COLS)
     r = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, COLS)[None, :]

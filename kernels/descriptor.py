@@ -1,8 +1,4 @@
-"""A program's way from its number to its tile: see `tables` for the descriptor's fields.
-
-What the compiler is told of a value (`tl.multiple_of`) it forgets when the value came out of a
-helper: so sizes, strides and the two pointers are loaded where they are used.
-"""
+"""A program's way from its number to its tile: see `tables` for the descriptor's fields."""
 
 from __future__ import annotations
 
@@ -39,3 +35,36 @@ def place(d, local, ROWS: tl.constexpr, COLS: tl.constexpr):  # type: ignore[no-
 def pointer(d, FIELD: tl.constexpr, TYPE: tl.constexpr):  # type: ignore[no-untyped-def]
     """An address in the descriptor."""
     return tl.load(d + FIELD).to(tl.pointer_type(TYPE))
+
+
+@triton.jit
+def box(  # type: ignore[no-untyped-def]
+    d, DST: tl.constexpr, SRC: tl.constexpr, ORDER: tl.constexpr, VECTOR: tl.constexpr,
+    ALONG: tl.constexpr,
+):  # fmt: skip
+    """(dst, src, rows, cols, dst_outer, src_outer, dst_row, src_row, src_col) of a descriptor.
+
+    What `is_vector` has checked is told to the compiler, which then makes 16-byte accesses; of a
+    transposed source's strides ALONG elements, at most 16.
+    """
+    dst = tl.load(d).to(tl.pointer_type(DST))
+    src = tl.load(d + 1).to(tl.pointer_type(SRC))
+    rows, cols = tl.load(d + 2), tl.load(d + 3)
+    dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
+    dst_row, src_row = tl.load(d + 6), tl.load(d + 7)
+    src_col = tl.load(d + 9)
+    if VECTOR:
+        dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
+        cols = tl.multiple_of(cols, 16)
+        dst_outer, src_outer = tl.multiple_of(dst_outer, 16), tl.multiple_of(src_outer, 16)
+        dst_row = tl.multiple_of(dst_row, 16)
+        if ORDER == "transposed":
+            rows, src_col = tl.multiple_of(rows, ALONG), tl.multiple_of(src_col, ALONG)
+        else:
+            src_row = tl.multiple_of(src_row, 16)
+    # Unit strides must be constants to be seen as contiguous.
+    if ORDER == "transposed":
+        src_row = 1
+    if ORDER == "straight":
+        src_col = 1
+    return dst, src, rows, cols, dst_outer, src_outer, dst_row, src_row, src_col

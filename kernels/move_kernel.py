@@ -9,7 +9,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .descriptor import FIELDS, find_tile, place, pointer
+from .descriptor import FIELDS, box, find_tile, place, pointer
 from .numerics import (
     dequant_of,
     downcast,
@@ -94,31 +94,10 @@ def _move(  # type: ignore[no-untyped-def]
     NATIVE: tl.constexpr, CAREFUL: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """One tile of one descriptor: load, convert, store."""
-    dst = tl.load(d).to(tl.pointer_type(DST_BITS))
-    src = tl.load(d + 1).to(tl.pointer_type(SRC))
-    rows, cols = tl.load(d + 2), tl.load(d + 3)
-    dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
-    dst_row, src_row = tl.load(d + 6), tl.load(d + 7)
-    dst_col, src_col = tl.load(d + 8), tl.load(d + 9)
-    # What `is_vector` has checked, told to the compiler: it then makes 16-byte accesses. (A hint
-    # inside a helper function would be lost when the helper is inlined.)
-    if VECTOR:
-        dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
-        cols = tl.multiple_of(cols, 16)
-        dst_outer, src_outer = tl.multiple_of(dst_outer, 16), tl.multiple_of(src_outer, 16)
-        dst_row = tl.multiple_of(dst_row, 16)
-        if ORDER == "transposed":
-            rows, src_col = tl.multiple_of(rows, 16), tl.multiple_of(src_col, 16)
-        else:
-            src_row = tl.multiple_of(src_row, 16)
-    # Unit strides must be constants to be seen as contiguous.
-    if ORDER != "strided":
-        dst_col = 1
-    if ORDER == "straight":
-        src_col = 1
-    if ORDER == "transposed":
-        src_row = 1
-
+    dst, src, rows, cols, dst_outer, src_outer, dst_row, src_row, src_col = box(
+        d, DST_BITS, SRC, ORDER, VECTOR, 16
+    )
+    dst_col = tl.load(d + 8) if ORDER == "strided" else 1
     outer, row0, col0 = place(d, local, ROWS, COLS)
     r = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, COLS)[None, :]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .descriptor import place, pointer
+from .descriptor import box, place, pointer
 from .numerics import (
     INF_BITS,
     dequant_of,
@@ -58,24 +58,10 @@ def mx_pieces(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Pieces of 32; a tile is walked in steps."""
     STEP: tl.constexpr = TRANSPOSED_STEP if ORDER == "transposed" else STRAIGHT_STEP
-    dst = tl.load(d).to(tl.pointer_type(tl.uint8))
-    src = tl.load(d + 1).to(tl.pointer_type(SRC))
-    rows, cols = tl.load(d + 2), tl.load(d + 3)
-    dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
-    dst_row, outer_rows = tl.load(d + 6), tl.load(d + 8)
-    src_row, src_col = tl.load(d + 7), tl.load(d + 9)
-    if VECTOR:
-        dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
-        dst_outer, src_outer = tl.multiple_of(dst_outer, 16), tl.multiple_of(src_outer, 16)
-        dst_row = tl.multiple_of(dst_row, 16)
-        if ORDER == "transposed":
-            rows, src_col = tl.multiple_of(rows, TWO_ROWS), tl.multiple_of(src_col, TWO_ROWS)
-        else:
-            src_row = tl.multiple_of(src_row, 16)
-    if ORDER == "transposed":
-        src_row = 1
-    else:
-        src_col = 1
+    dst, src, rows, cols, dst_outer, src_outer, dst_row, src_row, src_col = box(
+        d, tl.uint8, SRC, ORDER, VECTOR, TWO_ROWS
+    )
+    outer_rows = tl.load(d + 8)
     outer, row0, col0 = place(d, local, ROWS, COLS)
     row, piece = tl.arange(0, STEP), tl.arange(0, COLS // 32)
     r = row[:, None, None].to(tl.int64)
@@ -147,24 +133,10 @@ def nv_pieces(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """Pieces of 16, the even elements apart from the odd ones; a tile is walked in steps."""
     STEP: tl.constexpr = TRANSPOSED_STEP if ORDER == "transposed" else STRAIGHT_STEP
-    dst = tl.load(d).to(tl.pointer_type(tl.uint8))
-    src = tl.load(d + 1).to(tl.pointer_type(SRC))
-    rows, cols = tl.load(d + 2), tl.load(d + 3)
-    dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
-    dst_row, outer_rows = tl.load(d + 6), tl.load(d + 8)
-    src_row, src_col = tl.load(d + 7), tl.load(d + 9)
-    if VECTOR:
-        dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
-        dst_outer, src_outer = tl.multiple_of(dst_outer, 16), tl.multiple_of(src_outer, 16)
-        dst_row = tl.multiple_of(dst_row, 16)
-        if ORDER == "transposed":
-            rows, src_col = tl.multiple_of(rows, TWO_ROWS), tl.multiple_of(src_col, TWO_ROWS)
-        else:
-            src_row = tl.multiple_of(src_row, 16)
-    if ORDER == "transposed":
-        src_row = 1
-    else:
-        src_col = 1
+    dst, src, rows, cols, dst_outer, src_outer, dst_row, src_row, src_col = box(
+        d, tl.uint8, SRC, ORDER, VECTOR, TWO_ROWS
+    )
+    outer_rows = tl.load(d + 8)
     outer, row0, col0 = place(d, local, ROWS, COLS)
     second = _second_scale(d, local)
     row, piece = tl.arange(0, STEP), tl.arange(0, COLS // 16)

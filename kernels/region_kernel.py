@@ -14,7 +14,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .descriptor import FIELDS, find_tile, place, pointer
+from .descriptor import FIELDS, box, find_tile, place, pointer
 from .numerics import INF_BITS, dequant_of, quotient, rounded, to_e4m3_bits, upcast
 from .piece_kernel import E4M3_LARGEST, amax_of, magnitudes, mx_pieces, nv_pieces
 from .tally import count, measure_power, slot
@@ -39,25 +39,10 @@ def _block(  # type: ignore[no-untyped-def]
     ROWS: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
     """A block of 128 × 128."""
-    dst = tl.load(d).to(tl.pointer_type(tl.uint8))
-    src = tl.load(d + 1).to(tl.pointer_type(SRC))
-    rows, cols = tl.load(d + 2), tl.load(d + 3)
-    dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
-    dst_row, src_row, outer_rows = tl.load(d + 6), tl.load(d + 7), tl.load(d + 8)
-    src_col = tl.load(d + 9)
-    if VECTOR:
-        dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
-        cols = tl.multiple_of(cols, 16)
-        dst_outer, src_outer = tl.multiple_of(dst_outer, 16), tl.multiple_of(src_outer, 16)
-        dst_row = tl.multiple_of(dst_row, 16)
-        if ORDER == "transposed":
-            rows, src_col = tl.multiple_of(rows, 16), tl.multiple_of(src_col, 16)
-        else:
-            src_row = tl.multiple_of(src_row, 16)
-    if ORDER == "transposed":
-        src_row = 1
-    else:
-        src_col = 1
+    dst, src, rows, cols, dst_outer, src_outer, dst_row, src_row, src_col = box(
+        d, tl.uint8, SRC, ORDER, VECTOR, 16
+    )
+    outer_rows = tl.load(d + 8)
     outer, row0, col0 = place(d, local, ROWS, COLS)
     r = tl.arange(0, ROWS)[:, None]
     c = tl.arange(0, COLS)[None, :]
@@ -90,25 +75,10 @@ def _rows(  # type: ignore[no-untyped-def]
 
     The second time out of the cache, unless the source is transposed: a program then has 64 rows.
     """
-    dst = tl.load(d).to(tl.pointer_type(tl.uint8))
-    src = tl.load(d + 1).to(tl.pointer_type(SRC))
-    rows, cols = tl.load(d + 2), tl.load(d + 3)
-    dst_outer, src_outer = tl.load(d + 4), tl.load(d + 5)
-    dst_row, src_row, outer_rows = tl.load(d + 6), tl.load(d + 7), tl.load(d + 8)
-    src_col = tl.load(d + 9)
-    if VECTOR:
-        dst, src = tl.multiple_of(dst, 16), tl.multiple_of(src, 16)
-        cols = tl.multiple_of(cols, 16)
-        dst_outer, src_outer = tl.multiple_of(dst_outer, 16), tl.multiple_of(src_outer, 16)
-        dst_row = tl.multiple_of(dst_row, 16)
-        if ORDER == "transposed":
-            rows, src_col = tl.multiple_of(rows, 16), tl.multiple_of(src_col, 16)
-        else:
-            src_row = tl.multiple_of(src_row, 16)
-    if ORDER == "transposed":
-        src_row = 1
-    else:
-        src_col = 1
+    dst, src, rows, cols, dst_outer, src_outer, dst_row, src_row, src_col = box(
+        d, tl.uint8, SRC, ORDER, VECTOR, 16
+    )
+    outer_rows = tl.load(d + 8)
     outer, row0, _ = place(d, local, ROWS, COLS)
     row = tl.arange(0, ROWS)
     r = row[:, None].to(tl.int64)
